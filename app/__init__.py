@@ -1,0 +1,1 @@
+"""medfed's Flower App: the only code that travels to a hospital."""

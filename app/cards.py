@@ -1,0 +1,148 @@
+"""From a card to tokens: the FlowerTune medical template, with loss on the answer alone.
+
+The reference trains with TRL's DataCollatorForCompletionOnlyLM. What that does, and this keeps:
+
+- The text is the prompt below; the card's ``instruction`` column is not in it.
+- The answer begins after the *last* place where the tokens of the response template stand. The
+  first two tokens of the template are left out of the comparison (for a SmolLM2 what remains is
+  `` Response:``), so an answer with those tokens inside counts from there only.
+- No end-of-text token is appended, and a text longer than ``seq_length`` loses its end.
+- Where the template is cut off with it, nothing is left to learn from: no token counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, NamedTuple
+
+from app.errors import AppError
+from app.token_cache import TokenCache
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+PREAMBLE = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
+RESPONSE_TEMPLATE = "\n### Response:"
+
+# Part of every cache key: a change to the tokenisation below must not find old tokens.
+_CACHE_VERSION = "1"
+
+
+class Example(NamedTuple):
+    """One tokenised card.
+
+    ``input_ids``: 1 to seq_length token ids, neither padded nor ended.
+    ``prompt_length``: how many of them are the prompt; ``input_ids[prompt_length:]`` are the
+    labels. Equal to the length where truncation left no answer.
+    """
+
+    input_ids: tuple[int, ...]
+    prompt_length: int
+
+
+def prompt_text(card_input: str, instruction: str = "") -> str:
+    """The prompt of a card, up to and including ``### Response:``.
+
+    The question is the card's ``input``; ``instruction`` stands in only where that is empty.
+    """
+    return f"{PREAMBLE}\n### Instruction:\n{card_input or instruction}{RESPONSE_TEMPLATE}"
+
+
+def card_text(card_input: str, output: str, instruction: str = "") -> str:
+    """The whole training text of a card."""
+    return f"{prompt_text(card_input, instruction)} {output}"
+
+
+def tokenize(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_length: int,
+    cache_dir: Path | None = None,
+) -> list[Example]:
+    """Tokenise every card of ``dataset``, in order, once: the result is kept on disk.
+
+    Args:
+        dataset: text columns instruction, input, output.
+        tokenizer: a fast tokenizer.
+        seq_length: the most tokens an example may have.
+        cache_dir: where results are kept, by default ``$MEDFED_HOME/cache/tokens``, or a private
+            folder among the temporary files where that cannot be written (a container's root).
+
+    Raises:
+        AppError: the tokenizer is not a fast one or splits the response template too coarsely.
+    """
+    from app.data import columns_of, digest
+
+    cache = TokenCache.usual() if cache_dir is None else TokenCache(cache_dir)
+    key = "\n".join(
+        (_CACHE_VERSION, digest(dataset), _tokenizer_digest(tokenizer), str(seq_length))
+    )
+    cached = cache.read(key)
+    if cached is not None:
+        return [Example(*example) for example in cached]
+    texts = [
+        card_text(question, output, instruction)
+        for instruction, question, output in zip(*columns_of(dataset), strict=True)
+    ]
+    examples = tokenize_texts(texts, tokenizer, seq_length)
+    cache.write(key, examples)
+    return examples
+
+
+def tokenize_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_length: int
+) -> list[Example]:
+    """Tokenise texts of the template in one batch, without a cache.
+
+    Raises:
+        AppError: as ``tokenize``.
+    """
+    if not texts:
+        return []
+    template = _response_ids(tokenizer)
+    batch = tokenizer(
+        list(texts),
+        truncation=True,
+        max_length=seq_length,
+        padding=False,
+        return_attention_mask=False,
+    )
+    return [Example(tuple(ids), _prompt_length(ids, template)) for ids in batch["input_ids"]]
+
+
+def _response_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids: list[int] = tokenizer.encode(RESPONSE_TEMPLATE, add_special_tokens=False)[2:]
+    if not ids:
+        raise AppError(
+            f"expected more than two tokens for {RESPONSE_TEMPLATE!r}, found none left to search "
+            "for in this tokenizer",
+            "choose a model whose tokenizer splits the response template into more tokens",
+        )
+    return ids
+
+
+def _prompt_length(ids: list[int], template: list[int]) -> int:
+    for start in range(len(ids) - len(template), -1, -1):
+        if ids[start : start + len(template)] == template:
+            return start + len(template)
+    return len(ids)
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.is_fast:
+        raise AppError(
+            f"expected a fast tokenizer, found {type(tokenizer).__name__}",
+            "choose a model that ships a tokenizer.json",
+        )
+    backend = tokenizer.backend_tokenizer
+    # Left over from the last call, and set anew by each: not part of what the tokenizer is.
+    backend.no_truncation()
+    backend.no_padding()
+    return hashlib.sha256(backend.to_str().encode()).hexdigest()

@@ -1,0 +1,89 @@
+"""medfed's ClientApp: what an institution does with the global adapter and its own cards."""
+
+from __future__ import annotations
+
+import time
+from logging import INFO
+
+import numpy as np
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from flwr.common import log
+
+from app import adapter
+from app.config import RunConfig
+from app.errors import log_app_errors_on_one_line
+from app.quiet import quiet_libraries
+from app.seeds import derive
+
+app = ClientApp()
+
+
+@app.query()
+def identify(message: Message, context: Context) -> Message:
+    """Say which partition this node holds: a simulated node has no name to be known by."""
+    identity = ConfigRecord({"partition-id": int(context.node_config["partition-id"])})
+    return Message(RecordDict({"identity": identity}), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the received adapter on this institution's partition and send it back."""
+    log_app_errors_on_one_line()
+    quiet_libraries()
+    started = time.monotonic()
+    config = RunConfig.parse(context.run_config)
+
+    from app import data, training  # torch and the rest: only when there is work
+    from app.device import place
+    from app.model import attach_adapter, flat_adapter, load_adapter, load_base, load_tokenizer
+
+    partition_id = int(context.node_config["partition-id"])
+    round_config = message.content.config_records["config"]
+    server_round = int(str(round_config["server-round"]))
+    partition = data.load_partition(context.node_config, config.dataset_name)
+    tokenizer = load_tokenizer(config.model.name)
+    examples = data.tokenize(partition, tokenizer, config.train.seq_length)
+
+    placement = place(context.node_config)
+    log(INFO, "%s", placement)
+    model = attach_adapter(load_base(config.model, placement), config.model)
+    manifest = adapter.Manifest.from_json(str(round_config["manifest"]))
+    received = message.content.array_records["arrays"]["adapter"].numpy()
+    load_adapter(model, received, manifest)
+
+    # The reference trains on the same cards in every round; a fresh order is a setting.
+    order_round = server_round if config.train.dynamic_data_seed else 0
+    with placement.enforced():
+        result = training.train(
+            model,
+            examples,
+            steps=config.train.max_steps,
+            batch_size=config.train.batch_size,
+            gradient_accumulation=config.train.gradient_accumulation_steps,
+            learning_rate=config.train.learning_rate(server_round, config.num_rounds),
+            order_seed=derive(config.train.seed, "order", partition_id, order_round),
+            dropout_seed=derive(config.train.seed, "dropout", partition_id, server_round),
+        )
+
+    flat = flat_adapter(model)
+    metrics = MetricRecord(
+        {
+            "num-examples": len(examples),
+            "train-loss": result.loss,
+            "train-seconds": result.seconds,
+            "total-seconds": time.monotonic() - started,
+            "peak-memory-bytes": result.peak_memory_bytes,
+        }
+    )
+    log(INFO, "loss %.4f, adapter %s", result.loss, adapter.digest(flat)[:12])
+    arrays = ArrayRecord({"adapter": Array(np.ascontiguousarray(flat))})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)

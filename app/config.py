@@ -1,0 +1,194 @@
+"""The run config: the leaderboard template's keys, parsed once into typed, checked values."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypeVar, get_type_hints
+
+from app.errors import AppError
+
+_T = TypeVar("_T")
+
+
+def _setting(key: str, expected: str, valid: Callable[[Any], bool]) -> Any:
+    """Declare a field that is read from ``key`` and must satisfy ``valid``."""
+    return field(metadata={"key": key, "expected": expected, "valid": valid})
+
+
+def _positive(value: float) -> bool:
+    return value > 0
+
+
+def _named(value: str) -> bool:
+    return bool(value.strip())
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapter: low-rank matrices beside the projections of every layer (LoRA, 2106.09685)."""
+
+    r: int = _setting("model.lora.peft-lora-r", "a whole number above 0", _positive)
+    alpha: int = _setting("model.lora.peft-lora-alpha", "a whole number above 0", _positive)
+    dropout: float = _setting(
+        "model.lora.dropout", "a number from 0 to below 1", lambda v: 0 <= v < 1
+    )
+    target_modules: str = _setting(
+        "model.lora.target-modules", "module names separated by commas, e.g. q_proj,v_proj", _named
+    )
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The target modules, one name each."""
+        return tuple(name.strip() for name in self.target_modules.split(",") if name.strip())
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The base model and how it is held in memory."""
+
+    lora: LoraSettings
+    name: str = _setting(
+        "model.name",
+        "a hub name (HuggingFaceTB/SmolLM2-135M-Instruct), local/NAME or an absolute path",
+        _named,
+    )
+    quantization: int = _setting(
+        "model.quantization", "4 or 8 (bitsandbytes) or 0 (none)", lambda v: v in (0, 4, 8)
+    )
+    gradient_checkpointing: bool = _setting(
+        "model.gradient-checkpointing", "true or false", lambda _: True
+    )
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What one institution does in one round."""
+
+    seed: int = _setting("train.seed", "a whole number from 0", lambda v: v >= 0)
+    dynamic_data_seed: bool = _setting("train.dynamic-data-seed", "true or false", lambda _: True)
+    save_every_round: int = _setting("train.save-every-round", "a whole number above 0", _positive)
+    learning_rate_max: float = _setting("train.learning-rate-max", "a number above 0", _positive)
+    learning_rate_min: float = _setting(
+        "train.learning-rate-min", "a number from 0", lambda v: v >= 0
+    )
+    seq_length: int = _setting("train.seq-length", "a whole number of tokens above 0", _positive)
+    batch_size: int = _setting(
+        "train.training-arguments.per-device-train-batch-size", "a whole number above 0", _positive
+    )
+    gradient_accumulation_steps: int = _setting(
+        "train.training-arguments.gradient-accumulation-steps", "a whole number above 0", _positive
+    )
+    max_steps: int = _setting(
+        "train.training-arguments.max-steps", "a whole number above 0", _positive
+    )
+
+    def __post_init__(self) -> None:
+        if self.learning_rate_min > self.learning_rate_max:
+            raise AppError(
+                "train.learning-rate-min: expected at most train.learning-rate-max "
+                f"({self.learning_rate_max:g}), found {self.learning_rate_min:g}",
+                "the cosine falls from the maximum in round 1 to the minimum in the last round",
+            )
+
+    def learning_rate(self, server_round: int, num_rounds: int) -> float:
+        """Cosine annealing by round, constant within one, as the leaderboard's template has it."""
+        cosine = math.cos(math.pi * server_round / num_rounds)
+        spread = self.learning_rate_max - self.learning_rate_min
+        return self.learning_rate_min + 0.5 * spread * (1 + cosine)
+
+
+@dataclass(frozen=True)
+class StrategySettings:
+    """Who takes part in a round."""
+
+    fraction_train: float = _setting(
+        "strategy.fraction-train", "a number above 0, at most 1", lambda v: 0 < v <= 1
+    )
+    min_train_nodes: int = _setting("strategy.min-train-nodes", "a whole number above 0", _positive)
+    wait_for_nodes_s: float = _setting("strategy.wait-for-nodes-s", "seconds above 0", _positive)
+
+    def sample_size(self, institutions: int) -> int:
+        """How many of ``institutions`` train in a round (FedAvg's own rule)."""
+        return max(int(institutions * self.fraction_train), self.min_train_nodes)
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What the coordinator measures between rounds."""
+
+    holdout_examples: int = _setting(
+        "evaluate.holdout-examples", "a whole number from 0 (0: no held-out loss)", lambda v: v >= 0
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, whole.
+
+    ``dataset.name`` stands in the static section: a leaderboard entry may not change it.
+    """
+
+    model: ModelSettings
+    train: TrainSettings
+    strategy: StrategySettings
+    evaluate: EvaluateSettings
+    dataset_name: str = _setting(
+        "static.dataset.name", "a hub name, local/NAME or an absolute path", _named
+    )
+    num_rounds: int = _setting("num-server-rounds", "a whole number above 0", _positive)
+
+    @classmethod
+    def parse(cls, run_config: Mapping[str, Any]) -> RunConfig:
+        """Parse Flower's flat ``context.run_config``.
+
+        Raises:
+            AppError: naming the key, what was expected and what was found.
+        """
+        unknown = sorted(set(run_config) - set(keys()))
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], keys(), n=1)
+            raise AppError(
+                f"{unknown[0]}: unknown setting",
+                f"did you mean {close[0]}?" if close else "docs/reference.md lists every setting",
+            )
+        return _build(cls, run_config)
+
+
+def keys(cls: type = RunConfig) -> list[str]:
+    """Every key of the run config, in the order of the typed config."""
+    found: list[str] = []
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        found += [item.metadata["key"]] if item.metadata else keys(hints[item.name])
+    return found
+
+
+def _build(cls: type[_T], values: Mapping[str, Any]) -> _T:
+    hints = get_type_hints(cls)
+    return cls(
+        **{
+            item.name: _value(item, hints[item.name], values)
+            if item.metadata
+            else _build(hints[item.name], values)
+            for item in fields(cls)  # type: ignore[arg-type]
+        }
+    )
+
+
+def _value(item: Field[Any], kind: type, values: Mapping[str, Any]) -> Any:
+    key, expected = item.metadata["key"], item.metadata["expected"]
+    if key not in values:
+        raise AppError(f"{key}: expected {expected}, found nothing", "add it to pyproject.toml")
+    value = values[key]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    # bool is an int to Python; a count of True is a mistake to us.
+    if type(value) is not kind or not item.metadata["valid"](value):
+        raise AppError(
+            f"{key}: expected {expected}, found {value!r}",
+            f"correct it in pyproject.toml or in flwr run . -c '{key}=…'",
+        )
+    return value

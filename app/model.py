@@ -1,0 +1,195 @@
+"""The base model, as an institution loads it, and the adapter on top of it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import prepare_model_for_kbit_training
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from app.adapter import FlatArray, Manifest, pack, unpack
+from app.config import ModelSettings
+from app.device import Placement
+from app.errors import AppError
+from app.places import medfed_home
+from app.seeds import derive
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOCAL_PREFIX = "local/"
+
+transformers_logging.disable_progress_bar()
+
+
+def model_source(name: str) -> str:
+    """Where ``model.name`` is loaded from.
+
+    ``local/NAME`` is the folder ``$MEDFED_HOME/models/NAME``; an absolute path is itself; any
+    other name is the hub's. One never stands in for another.
+
+    Raises:
+        AppError: if a local folder holds no model.
+    """
+    if not name.startswith((LOCAL_PREFIX, "/")):
+        return name
+    folder = medfed_home() / "models" / name.removeprefix(LOCAL_PREFIX)  # an absolute name wins
+    if not (folder / "config.json").is_file():
+        raise AppError(
+            f"model.name: expected a model in {folder}, found no config.json",
+            "medfed prepare fetches the embedded model; other models are folders that "
+            "transformers' save_pretrained wrote",
+        )
+    return str(folder)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of ``model.name``; padding is the end of text, as in the template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_source(name), use_fast=True, padding_side="right"
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loadable(name, error) from error
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(settings: ModelSettings, placement: Placement) -> PreTrainedModel:
+    """Load the frozen base model, ready for an adapter.
+
+    Args:
+        settings: which model and how it is quantised.
+        placement: where it is to live and in which precision.
+
+    Raises:
+        AppError: if there is no such model or the device cannot hold it as asked.
+    """
+    quantization = {
+        0: None,
+        4: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=placement.dtype),
+        8: BitsAndBytesConfig(load_in_8bit=True),
+    }[settings.quantization]
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            model_source(settings.name),
+            dtype=placement.dtype,
+            device_map={"": placement.device},
+            quantization_config=quantization,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable(settings.name, error) from error
+    base.config.use_cache = False
+    if quantization is None:
+        base.requires_grad_(False)
+        if settings.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.enable_input_require_grads()
+        return base
+    prepared = prepare_model_for_kbit_training(
+        base,
+        use_gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    return cast(PreTrainedModel, prepared)
+
+
+def attach_adapter(base: PreTrainedModel, settings: ModelSettings) -> PeftModel:
+    """Put an empty LoRA adapter on ``base``; its weights come from the round's global adapter."""
+    return get_peft_model(base, lora_config(settings))
+
+
+def lora_config(settings: ModelSettings) -> LoraConfig:
+    """PEFT's description of the adapter, as it stands in ``adapter_config.json``."""
+    return LoraConfig(
+        r=settings.lora.r,
+        lora_alpha=settings.lora.alpha,
+        lora_dropout=settings.lora.dropout,
+        target_modules=list(settings.lora.modules),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=settings.name,
+    )
+
+
+def adapter_state(model: PeftModel) -> dict[str, FlatArray]:
+    """The adapter's tensors under PEFT's own names, as float32 arrays on the CPU."""
+    return {
+        name: tensor.detach().to("cpu", torch.float32).numpy()
+        for name, tensor in get_peft_model_state_dict(model).items()
+    }
+
+
+def load_adapter(model: PeftModel, flat: FlatArray, manifest: Manifest) -> None:
+    """Write a flat global adapter of shape ``(manifest.size,)`` into ``model``.
+
+    Raises:
+        AppError: naming the first tensor in which the two layouts differ.
+    """
+    targets = get_peft_model_state_dict(model)
+    Manifest.of(targets).check(manifest)
+    with torch.no_grad():
+        for name, values in unpack(flat, manifest).items():
+            targets[name].copy_(torch.from_numpy(np.array(values)))
+
+
+def flat_adapter(model: PeftModel) -> FlatArray:
+    """The adapter of ``model`` as one flat float32 array."""
+    return pack(adapter_state(model))
+
+
+def initial_adapter(settings: ModelSettings, seed: int) -> tuple[FlatArray, Manifest]:
+    """The adapter that round 1 starts from, from the architecture alone (no weights needed).
+
+    LoRA's own initialisation (A uniform by Kaiming, B zero: the model starts unchanged), each
+    tensor from a seed of its own name.
+
+    Raises:
+        AppError: if there is no such model or it has no module of a target's name.
+    """
+    model_config = _architecture(settings.name)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(model_config)
+        try:
+            peft = attach_adapter(skeleton, settings)
+        except ValueError as error:
+            raise AppError(
+                "model.lora.target-modules: expected names of modules of "
+                f"{settings.name}, found {settings.lora.target_modules!r}",
+                "q_proj,v_proj are the attention's query and value projections of a Llama",
+            ) from error
+    manifest = Manifest.of(get_peft_model_state_dict(peft))
+    state: dict[str, FlatArray] = {}
+    for name, shape in manifest.shapes:
+        tensor = torch.zeros(shape)
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed(derive(seed, "lora-init", name))
+            torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+        state[name] = tensor.numpy()
+    return pack(state), manifest
+
+
+def _architecture(name: str) -> PretrainedConfig:
+    try:
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(model_source(name)))
+    except (OSError, ValueError) as error:
+        raise _not_loadable(name, error) from error
+
+
+def _not_loadable(name: str, error: Any) -> AppError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return AppError(
+        f"model.name: expected a model that can be loaded, found {name!r} ({reason})",
+        "check the name, or use local/SmolLM2-135M-Instruct-Q4_1 where there is no hub",
+    )

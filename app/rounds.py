@@ -1,0 +1,158 @@
+"""Rounds of a federated run: who trains, in which order replies are summed, what is kept."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from logging import INFO, WARNING
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+
+from app import polling
+from app.errors import AppError
+from app.institutions import Institutions
+from app.record import RunRecord
+
+ROUND_TIMEOUT_S = 3600.0
+
+
+class SeededSampling(FedAvg):
+    """Flower's FedAvg, sampling and summing by institution instead of by chance of arrival.
+
+    Mix it in before any of Flower's strategies that descend from FedAvg: only who is asked and
+    the order of the replies change, not how they are aggregated.
+    """
+
+    def __init__(
+        self, *, institutions: Institutions, seed: int, sample_size: int, **options: object
+    ) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.institutions = institutions
+        self.seed = seed
+        self.sample_size = sample_size
+        self.asked: dict[int, str] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask the first ``sample_size`` institutions online in this round's seeded order."""
+        online = self.institutions.online()
+        order = self.institutions.order(self.seed, server_round)
+        chosen = [name for name in order if name in online][: self.sample_size]
+        self.asked = {online[name]: name for name in sorted(chosen)}
+        config["server-round"] = server_round
+        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        return self._construct_messages(record, list(self.asked), MessageType.TRAIN)
+
+    def in_order(self, replies: Iterable[Message]) -> list[Message]:
+        """Replies by name of institution: floating-point sums depend on their order."""
+        return sorted(replies, key=self.name_of)
+
+    def name_of(self, reply: Message) -> str:
+        """The institution that sent ``reply``."""
+        return self.asked.get(reply.metadata.src_node_id, f"node {reply.metadata.src_node_id}")
+
+
+class SeededFedAvg(SeededSampling, FedAvg):
+    """FedAvg (1602.05629), weighted by examples."""
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What one round gave.
+
+    Attributes:
+        arrays: the new global adapter.
+        train_loss: mean of the institutions' losses, weighted by their examples.
+        bytes: of the array records in both directions, as the leaderboard counts them.
+    """
+
+    arrays: ArrayRecord
+    train_loss: float
+    bytes: int
+
+
+def run_round(
+    grid: Grid,
+    strategy: SeededSampling,
+    record: RunRecord,
+    server_round: int,
+    arrays: ArrayRecord,
+    train_config: ConfigRecord,
+) -> RoundResult:
+    """Send the global adapter out, wait for the replies, aggregate them.
+
+    Raises:
+        AppError: if no institution gave a usable reply.
+    """
+    started = time.monotonic()
+    messages = list(strategy.configure_train(server_round, arrays, train_config, grid))
+    names = list(strategy.asked.values())
+    record.event("round-started", round=server_round, institutions=names)
+    log(INFO, "[ROUND %d] training at %s", server_round, ", ".join(names))
+
+    replies = strategy.in_order(polling.replies(grid, messages, ROUND_TIMEOUT_S))
+    good = [reply for reply in replies if not reply.has_error()]
+    for reply in replies:
+        _note(reply, strategy.name_of(reply), server_round, record)
+    for name in sorted(set(names) - {strategy.name_of(reply) for reply in replies}):
+        log(WARNING, "[ROUND %d] %s sent no reply in %.0f s", server_round, name, ROUND_TIMEOUT_S)
+        record.event("reply-missing", round=server_round, institution=name)
+    if not good:
+        raise AppError(
+            f"round {server_round}: expected a trained adapter from {', '.join(names)}, found none",
+            "the lines above say why each could not train",
+        )
+
+    new_arrays, metrics = strategy.aggregate_train(server_round, good)
+    if new_arrays is None or metrics is None:
+        raise AppError(
+            f"round {server_round}: the replies could not be aggregated",
+            "the lines above say what was inconsistent",
+        )
+    sent = _array_bytes(messages) + _array_bytes(good)
+    loss = float(metrics["train-loss"])  # type: ignore[arg-type]
+    if not math.isfinite(loss):
+        raise AppError(
+            f"round {server_round}: expected a finite training loss, found {loss}",
+            "lower train.learning-rate-max",
+        )
+    seconds = time.monotonic() - started
+    record.event(
+        "round-finished",
+        round=server_round,
+        train_loss=loss,
+        bytes=sent,
+        seconds=round(seconds, 3),
+    )
+    log(INFO, "[ROUND %d] loss %.4f, %.2f MB, %.1f s", server_round, loss, sent / 2**20, seconds)
+    return RoundResult(new_arrays, loss, sent)
+
+
+def _note(reply: Message, name: str, server_round: int, record: RunRecord) -> None:
+    if reply.has_error():
+        reason = reply.error.reason or f"error code {reply.error.code}"
+        log(WARNING, "[ROUND %d] %s could not train: %s", server_round, name, reason)
+        record.event("reply-failed", round=server_round, institution=name, reason=reason)
+        return
+    metrics = next(iter(reply.content.metric_records.values()))
+    record.event(
+        "reply",
+        round=server_round,
+        institution=name,
+        **{key.replace("-", "_"): value for key, value in sorted(metrics.items())},
+    )
+
+
+def _array_bytes(messages: Iterable[Message]) -> int:
+    return sum(
+        record.count_bytes()
+        for message in messages
+        if message.has_content()
+        for record in message.content.array_records.values()
+    )

@@ -1,0 +1,225 @@
+"""The federation's CA and the SuperLink's certificate.
+
+SuperNodes and the ``flwr`` command trust this CA and nothing else; it signs one certificate, the
+SuperLink's. SuperNodes have key pairs instead of certificates (``certs.keys``): that is how Flower
+authenticates them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from .errors import CertsError
+
+CA_LIFETIME = timedelta(days=5 * 365)
+SUPERLINK_LIFETIME = timedelta(days=365)
+# A certificate is renewed when less than this is left of it: time to hand it out.
+RENEWAL = timedelta(days=30)
+# Clocks of hospitals differ; a fresh certificate must not be "not yet valid" at one of them.
+_CLOCK_SKEW = timedelta(minutes=5)
+
+DEFAULT_SANS = ("localhost", "127.0.0.1", "::1", "superlink")
+
+_KEY_USAGES = (
+    "digital_signature",
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "key_cert_sign",
+    "crl_sign",
+    "encipher_only",
+    "decipher_only",
+)
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    """A fresh P-384 key."""
+    return ec.generate_private_key(ec.SECP384R1())
+
+
+def new_ca(
+    key: ec.EllipticCurvePrivateKey,
+    *,
+    not_before: datetime | None = None,
+    lifetime: timedelta = CA_LIFETIME,
+) -> x509.Certificate:
+    """A self-signed CA certificate that may sign servers' certificates and nothing below them."""
+    name = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "medfed"),
+            x509.NameAttribute(NameOID.COMMON_NAME, "medfed federation CA"),
+        ]
+    )
+    builder = _builder(name, name, key.public_key(), not_before, lifetime)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    builder = builder.add_extension(_key_usage("key_cert_sign", "crl_sign"), critical=True)
+    return builder.sign(key, hashes.SHA384())
+
+
+def new_superlink_certificate(
+    key: ec.EllipticCurvePrivateKey,
+    ca: x509.Certificate,
+    ca_key: ec.EllipticCurvePrivateKey,
+    sans: Iterable[str],
+    *,
+    not_before: datetime | None = None,
+    lifetime: timedelta = SUPERLINK_LIFETIME,
+) -> x509.Certificate:
+    """A TLS server certificate for the names and addresses in ``sans``.
+
+    Raises:
+        CertsError: a name is neither a DNS name nor an IP address.
+    """
+    name = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "medfed"),
+            x509.NameAttribute(NameOID.COMMON_NAME, "medfed SuperLink"),
+        ]
+    )
+    builder = _builder(name, ca.subject, key.public_key(), not_before, lifetime)
+    builder = builder.add_extension(
+        x509.SubjectAlternativeName([general_name(san) for san in sans]), critical=False
+    )
+    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), True)
+    builder = builder.add_extension(_key_usage("digital_signature"), critical=True)
+    builder = builder.add_extension(
+        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
+    )
+    builder = builder.add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
+            ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        ),
+        critical=False,
+    )
+    return builder.sign(ca_key, hashes.SHA384())
+
+
+def _builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    not_before: datetime | None,
+    lifetime: timedelta,
+) -> x509.CertificateBuilder:
+    start = not_before or datetime.now(UTC) - _CLOCK_SKEW
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + lifetime)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _key_usage(*allowed: str) -> x509.KeyUsage:
+    return x509.KeyUsage(**{usage: usage in allowed for usage in _KEY_USAGES})
+
+
+def general_name(san: str) -> x509.GeneralName:
+    """``san`` as a certificate carries it: an IP address, or a DNS name in ASCII.
+
+    Raises:
+        CertsError: it is neither.
+    """
+    try:
+        return x509.IPAddress(ipaddress.ip_address(san))
+    except ValueError:
+        pass
+    try:
+        ascii_name = san.encode("idna").decode("ascii")
+    except UnicodeError:
+        ascii_name = ""
+    labels = ascii_name.removeprefix("*.").split(".")
+    if not all(
+        label.replace("-", "a").replace("_", "a").isalnum()
+        and not label.startswith("-")
+        and not label.endswith("-")
+        for label in labels
+    ):
+        raise CertsError(
+            f"expected a DNS name or an IP address, found {san!r}",
+            "for example --san superlink.example.org --san 192.0.2.7 (no https://, no port)",
+        )
+    return x509.DNSName(ascii_name)
+
+
+def sans_of(certificate: x509.Certificate) -> tuple[str, ...]:
+    """The DNS names and IP addresses that ``certificate`` is for; () if it names none."""
+    try:
+        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return ()
+    return tuple(str(name.value) for name in extension.value)
+
+
+def certificate_to_pem(certificate: x509.Certificate) -> bytes:
+    """PEM, as every TLS library reads it."""
+    return certificate.public_bytes(Encoding.PEM)
+
+
+def key_to_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """PKCS#8 PEM without a passphrase: the SuperLink starts without anybody at a keyboard."""
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def certificate_from_pem(content: bytes, where: object) -> x509.Certificate:
+    """Read a PEM certificate.
+
+    Raises:
+        CertsError: it is none.
+    """
+    try:
+        return x509.load_pem_x509_certificate(content)
+    except ValueError:
+        raise CertsError(
+            f"expected a PEM certificate in {where}, found something else",
+            "move the file away and run `medfed certs issue` again",
+        ) from None
+
+
+def key_from_pem(content: bytes, where: object) -> ec.EllipticCurvePrivateKey:
+    """Read an elliptic-curve private key from PEM.
+
+    Raises:
+        CertsError: it is another kind of key, or none.
+    """
+    try:
+        key = load_pem_private_key(content, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise CertsError(
+            f"expected a PEM private key without a passphrase in {where}, found something else",
+            "move the file away and run `medfed certs issue` again",
+        ) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise CertsError(
+            f"expected an elliptic-curve key in {where}, found {type(key).__name__}",
+            "move the file away and run `medfed certs issue` again",
+        )
+    return key
+
+
+def is_issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
+    """Whether ``ca`` signed ``certificate``."""
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True

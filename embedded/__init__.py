@@ -1,0 +1,1 @@
+"""A model and a deck of flashcards that need no hub and no account."""

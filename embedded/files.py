@@ -1,0 +1,72 @@
+"""Files that are either whole or absent."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def jsonl(rows: Iterable[Mapping[str, object]]) -> bytes:
+    """Rows as JSON Lines in UTF-8; the same rows always give the same bytes."""
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write ``content`` to ``file`` so that a reader sees the old file or all of the new one.
+
+    The mode follows the umask: containers read these files under another user id.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with draft.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder(beside: Path) -> Iterator[Path]:
+    """An empty folder on the same file system as ``beside``, gone at the end unless moved away.
+
+    One process at a time: another one waits, and then finds the work done. What a killed process
+    left is swept up by the next.
+    """
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    folder = beside.with_name(f".{beside.name}.preparing")
+    with beside.with_name(f".{beside.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Put the folder ``new`` where ``place`` is, whole, in place of what was there."""
+    for file in new.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    old = place.with_name(f".{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)

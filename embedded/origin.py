@@ -1,0 +1,69 @@
+"""``ORIGIN.json``: where prepared files come from, under which licence, and whether they are whole.
+
+Each file is recorded by digest, size and time. Size and time answer at once whether anything
+changed; only where they differ (a copied folder) are the bytes hashed again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from embedded.files import sha256, write_file
+
+NAME = "ORIGIN.json"
+
+
+def record(folder: Path, facts: Mapping[str, object], files: Sequence[Path]) -> None:
+    """Write ``folder/ORIGIN.json``: the facts, then every one of ``files`` (within ``folder``)."""
+    seen = {
+        file.relative_to(folder).as_posix(): {**_stamp(file), "sha256": sha256(file)}
+        for file in files
+    }
+    _write(folder, {**facts, "files": seen})
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What was recorded, or None if nothing (readable) was."""
+    try:
+        recorded = json.loads((folder / NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return recorded if isinstance(recorded, dict) else None
+
+
+def holds(folder: Path, facts: Mapping[str, object]) -> bool:
+    """Whether the record says ``facts`` and every recorded file is there, unchanged."""
+    recorded = read(folder)
+    if recorded is None or not isinstance(recorded.get("files"), dict):
+        return False
+    if any(recorded.get(key) != value for key, value in facts.items()):
+        return False
+    moved = False
+    for name, known in recorded["files"].items():
+        file = folder / name
+        try:
+            stamp = _stamp(file)
+            if any(known[key] != value for key, value in stamp.items()):
+                if known["sha256"] != sha256(file):
+                    return False
+                known |= stamp
+                moved = True
+        except (OSError, KeyError, TypeError):
+            return False
+    if moved:
+        with suppress(OSError):  # a read-only copy is hashed each time instead
+            _write(folder, recorded)
+    return True
+
+
+def _stamp(file: Path) -> dict[str, int]:
+    found = file.stat()
+    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def _write(folder: Path, recorded: Mapping[str, object]) -> None:
+    write_file(folder / NAME, json.dumps(recorded, indent=2, ensure_ascii=False).encode() + b"\n")

@@ -1,0 +1,66 @@
+"""One folder per SuperNode: the cards that it, and no other, mounts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from embedded import origin
+from embedded.files import jsonl, write_file
+
+
+def prepare(
+    partitions: Path,
+    dataset_name: str,
+    ids: Mapping[str, int],
+    done: Callable[[str, int], None] = lambda _name, _cards: None,
+) -> bool:
+    """Have ``partitions/NAME/train.jsonl`` for every SuperNode.
+
+    The rows are those of ``app.data.partition``, so a SuperNode with this folder trains on what
+    it would have cut from the dataset itself.
+
+    Args:
+        partitions: ``$MEDFED_HOME/partitions``; ``ORIGIN.json`` goes there, beside the folders.
+        dataset_name: as in the run config.
+        ids: partition id, 0 to len(ids)-1, by SuperNode name.
+        done: told of each folder and how many cards it holds.
+
+    Returns:
+        Whether anything had to be done.
+
+    Raises:
+        AppError: the dataset cannot be had, or has fewer cards than there are SuperNodes.
+    """
+    facts = {
+        "dataset": dataset_name,
+        "source": _source(dataset_name),
+        "partitions": dict(ids),
+        "cut": "flwr-datasets IidPartitioner after a shuffle with seed 42",
+    }
+    if origin.holds(partitions, facts):
+        return False
+    from app.data import partition
+
+    files = []
+    for name, partition_id in ids.items():
+        cards = partition(dataset_name, len(ids), partition_id)
+        files.append(partitions / name / "train.jsonl")
+        write_file(files[-1], jsonl(dict(card) for card in cards))
+        done(name, len(cards))
+    origin.record(partitions, facts, files)
+    return True
+
+
+def _source(dataset_name: str) -> list[dict[str, object]]:
+    """What changes when a local dataset does; empty for one on the hub, which goes by its name."""
+    from app.data import split_files
+    from app.places import local_folder
+
+    folder = local_folder("datasets", dataset_name)
+    if folder is None:
+        return []
+    return [
+        {"file": str(file), "size": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
+        for file in split_files(dataset_name, folder, "train")
+    ]

@@ -1,0 +1,325 @@
+"""Greedy answers to many prompts, fast, and the same as asking one prompt at a time.
+
+The leaderboard asks one by one. What makes this faster changes no answer:
+
+- All prompts of a benchmark begin with the same instruction. Its keys and values are computed once
+  and every batch starts from them.
+- Prompts of similar length share a batch, padded on the left; logits exist for the last position
+  only, where the answer's first token is chosen.
+- That same position tells how the model ranks the answers it was offered, at no further cost.
+
+Another batch means other rounding in the last bits of a logit, and a choice between two nearly
+equal tokens could tip over. So whatever is closer than ``NEAR_TIE`` is asked again, alone, in the
+very way of the leaderboard's loop: its answer counts, and how many there were is reported.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from evaluation.errors import EvaluationError
+from evaluation.model import Subject
+from evaluation.task import wrap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Logits of a batch differ from those of a lone prompt by rounding, in float32 by some 1e-5 to 1e-4
+# (docs/evaluation.md has the measurement). A choice decided by less than this is made alone.
+NEAR_TIE = 2e-3
+
+# Tokens in one forward pass. A CPU's matrices are full at some hundreds; a GPU wants more.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+
+# Settings of a model's generation config under which greedy search takes another token than the
+# one with the highest logit, with the value that means "off".
+_PLAIN_GREEDY: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None,),
+    "min_length": (None, 0),
+    "min_new_tokens": (None,),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "sequence_bias": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "num_beams": (None, 1),
+    "guidance_scale": (None, 1, 1.0),
+    "exponential_decay_length_penalty": (None,),
+    "penalty_alpha": (None,),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt (without chat wrapper) and how many tokens the answer may have."""
+
+    prompt: str
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        output: the generated text.
+        scores: log-likelihood (unnormalised) of each answer on offer, as the first thing said.
+        alone: whether it was too close to call in a batch and was asked on its own.
+    """
+
+    output: str
+    scores: tuple[float, ...]
+    alone: bool
+
+
+def one_by_one(subject: Subject, request: Request) -> str:
+    """Answer one prompt as the leaderboard's loop does: no batch, no padding, ``generate``."""
+    tokenizer, model = subject.tokenizer, subject.model
+    ids = tokenizer.encode(wrap(request.prompt), return_tensors="pt").to(model.device)
+    with torch.inference_mode():
+        generated = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=request.max_new_tokens,
+            do_sample=False,
+            temperature=1.0,
+            top_p=1.0,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    return str(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def why_one_by_one(subject: Subject) -> str | None:
+    """Why this model must be asked one prompt at a time, or None if batches are as good."""
+    if subject.quantization == 8:
+        return (
+            "8-bit arithmetic looks for outliers across a whole batch, so company changes answers"
+        )
+    config = subject.model.generation_config
+    for name, off in _PLAIN_GREEDY.items():
+        value = getattr(config, name, None)
+        if value not in off:
+            return f"its generation config sets {name} to {value}"
+    return None
+
+
+def spellings(answer: str) -> list[str]:
+    """How an answer may begin when nothing is held against its case or a leading space."""
+    forms = [answer] if len(answer) == 1 else [answer, answer.capitalize(), answer.upper()]
+    return [*forms, *(f" {form}" for form in forms)]
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
+    """For each answer the tokens that it may begin with, none of them another answer's too.
+
+    Raises:
+        EvaluationError: the tokenizer cannot tell the answers apart by their first token.
+    """
+    before = wrap("")
+    prefix: list[int] = tokenizer.encode(before)
+    found: list[set[int]] = []
+    for answer in answers:
+        tokens = set()
+        for spelling in spellings(answer):
+            ids: list[int] = tokenizer.encode(before + spelling)
+            # Where the spelling merges with the wrapper's end, the model would not write it so.
+            if ids[: len(prefix)] == prefix and len(ids) > len(prefix):
+                tokens.add(ids[len(prefix)])
+        found.append(tokens)
+    shared = {t for i, a in enumerate(found) for b in found[i + 1 :] for t in a & b}
+    if not all(tokens - shared for tokens in found):
+        raise EvaluationError(
+            f"expected first tokens that tell {', '.join(answers)} apart, found none in this "
+            "tokenizer",
+            "use a model whose tokenizer keeps short words whole",
+        )
+    return [sorted(tokens - shared) for tokens in found]
+
+
+class Engine:
+    """Answers requests of one benchmark with one model.
+
+    Args:
+        subject: the model.
+        answers: the answers on offer (scored by their first token).
+        batch_tokens: most tokens in one forward pass; default by device.
+        near_tie: a difference of logits below which a prompt is asked alone.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        answers: Sequence[str],
+        *,
+        batch_tokens: int | None = None,
+        near_tie: float = NEAR_TIE,
+    ) -> None:
+        self._subject = subject
+        self._model = subject.model
+        self._tokenizer = subject.tokenizer
+        self._device: torch.device = subject.model.device
+        self._batch_tokens = batch_tokens or BATCH_TOKENS[self._device.type]
+        self._near_tie = near_tie
+        self._first = first_tokens(subject.tokenizer, answers)
+        self._alone = why_one_by_one(subject) is not None
+        self._ends = _end_tokens(subject.model)
+
+    def answers(
+        self, requests: Sequence[Request], skip: frozenset[int] = frozenset()
+    ) -> Iterator[dict[int, Answer]]:
+        """Answer requests, batch by batch, longest first.
+
+        Args:
+            requests: all requests of the benchmark: they decide the batches.
+            skip: numbers of requests that need no answer; batches stay as they would be.
+
+        Yields:
+            Answers by request number, after each batch.
+        """
+        encoded = [list(self._tokenizer.encode(wrap(request.prompt))) for request in requests]
+        shared = 0 if self._alone else shared_prefix(encoded)
+        lengths = [len(ids) - shared for ids in encoded]
+        batches = [
+            numbers
+            for numbers in batches_by_length(lengths, 1 if self._alone else self._batch_tokens)
+            if not skip.issuperset(numbers)
+        ]
+        with torch.inference_mode():
+            prefix = self._prefix(encoded[0][:shared]) if shared and batches else None
+            for numbers in batches:
+                if self._alone:
+                    yield {n: self._ask_alone(requests[n], encoded[n]) for n in numbers}
+                else:
+                    yield self._ask(requests, encoded, numbers, prefix, shared)
+
+    def _prefix(self, ids: list[int]) -> DynamicCache:
+        cache = DynamicCache(config=self._model.config)
+        self._model(
+            input_ids=torch.tensor([ids], device=self._device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return cache
+
+    def _ask(
+        self,
+        requests: Sequence[Request],
+        encoded: Sequence[list[int]],
+        numbers: Sequence[int],
+        prefix: DynamicCache | None,
+        shared: int,
+    ) -> dict[int, Answer]:
+        """One batch: left-padded, from the shared prefix on."""
+        rows = [encoded[n][shared:] for n in numbers]
+        width = max(map(len, rows))
+        padding = [width - len(row) for row in rows]
+        ids = self._tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=True)])
+        mask = self._tensor(
+            [
+                [1] * shared + [0] * pad + [1] * len(row)
+                for pad, row in zip(padding, rows, strict=True)
+            ]
+        )
+        positions = self._tensor(
+            [[max(0, i - pad) + shared for i in range(width)] for pad in padding]
+        )
+        cache = DynamicCache(config=self._model.config) if prefix is None else copy.deepcopy(prefix)
+        if prefix is not None:
+            cache.batch_repeat_interleave(len(numbers))
+        budgets = [requests[n].max_new_tokens for n in numbers]
+        said: list[list[int]] = [[] for _ in numbers]
+        open_rows = set(range(len(numbers)))
+        close: set[int] = set()
+        scores: list[tuple[float, ...]] = []
+        for step in range(max(budgets)):
+            logits: Tensor = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            if step == 0:
+                scores = [self._scores(row) for row in logits]
+                close |= {i for i, s in enumerate(scores) if self._too_close(sorted(s)[-2:])}
+            best = logits.topk(2, dim=-1)
+            chosen = best.indices[:, 0].tolist()
+            for i in sorted(open_rows):
+                if self._too_close(best.values[i].tolist()):
+                    close.add(i)
+                said[i].append(chosen[i])
+                if chosen[i] in self._ends or len(said[i]) == budgets[i]:
+                    open_rows.discard(i)
+            if not open_rows:
+                break
+            ids = self._tensor([[token] for token in chosen])
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            positions = positions[:, -1:] + 1
+        return {
+            n: self._ask_alone(requests[n], encoded[n])
+            if i in close
+            else Answer(self._text(said[i]), scores[i], alone=False)
+            for i, n in enumerate(numbers)
+        }
+
+    def _ask_alone(self, request: Request, ids: list[int]) -> Answer:
+        logits = self._model(
+            input_ids=self._tensor([ids]), use_cache=False, logits_to_keep=1
+        ).logits
+        return Answer(one_by_one(self._subject, request), self._scores(logits[0, -1]), alone=True)
+
+    def _scores(self, logits: Tensor) -> tuple[float, ...]:
+        return tuple(float(logits[tokens].float().logsumexp(0)) for tokens in self._first)
+
+    def _too_close(self, values: Sequence[float]) -> bool:
+        return abs(values[0] - values[1]) < self._near_tie
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _tensor(self, values: list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all sequences begin with in common, leaving each at least one of its own."""
+    if len(sequences) < 2:
+        return 0
+    # In the order of the dictionary, what the first and the last share is shared by all.
+    ordered = sorted(map(tuple, sequences))
+    first, last = ordered[0], ordered[-1]
+    limit = min(map(len, sequences)) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), limit)
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group numbers of sequences, longest first, into padded batches of ``batch_tokens`` at most.
+
+    A sequence longer than that is a group of its own. Equal input gives equal groups.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if room < 1:
+            groups.append([])
+            room = max(1, batch_tokens // max(1, lengths[number]))
+        groups[-1].append(number)
+        room -= 1
+    return groups
+
+
+def _end_tokens(model: Any) -> frozenset[int]:
+    ends = model.generation_config.eos_token_id
+    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)

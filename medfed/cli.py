@@ -1,0 +1,68 @@
+"""``medfed``: the operator's command line.
+
+Start-up imports nothing heavy: every verb imports what it needs when it is called.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import typer
+
+from medfed.commands import (
+    certs,
+    compose,
+    connect,
+    data,
+    demo,
+    federation,
+    prepare,
+    run,
+)
+
+app = typer.Typer(
+    name="medfed",
+    help="A federation of hospitals that fine-tunes a language model; their data never leaves them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(certs.app, name="certs")
+app.add_typer(compose.app, name="compose")
+app.add_typer(data.app, name="data")
+app.command("prepare")(prepare.prepare)
+app.command("up")(federation.up)
+app.command("status")(federation.status)
+app.command("down")(federation.down)
+app.command("connect")(connect.connect)
+app.command("run")(run.run)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Entry point: errors meant for people come out as one line and a hint, never a traceback."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except click.exceptions.Exit as exit_request:
+        sys.exit(exit_request.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        hint = getattr(error, "hint", None)
+        if hint is None:
+            raise
+        message = str(error.args[0]) if error.args else str(error)
+        print(f"error: {message}", file=sys.stderr)
+        if hint:
+            print(f"hint: {hint}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The Compose federation seen from this machine: its address, and the CA's certificate."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from medfed.handout import HandOutError
+
+_CA_IN_SUPERLINK = "superlink:/medfed/certs/ca.crt"
+
+
+def published_address(project: Path) -> str:
+    """``HOST:PORT`` at which the running SuperLink is reached from this machine.
+
+    Raises:
+        HandOutError: Docker Compose is not there, or the SuperLink does not run.
+    """
+    return _compose(project, "port", "superlink", "8000")
+
+
+def fetch_ca(project: Path, place: Path) -> None:
+    """Copy the CA's certificate out of the running SuperLink to ``place``.
+
+    Raises:
+        HandOutError: Docker Compose is not there, or the SuperLink does not run.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        _compose(project, "cp", _CA_IN_SUPERLINK, str(partial))
+        partial.replace(place)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _compose(project: Path, *arguments: str) -> str:
+    """Output of ``docker compose ARGUMENTS`` in the folder of the Compose files."""
+    command = ["docker", "compose", *arguments]
+    try:
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise HandOutError(
+            "expected the command docker, found none", "install Docker with its Compose plugin"
+        ) from None
+    if done.returncode != 0:
+        found = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise HandOutError(
+            f"expected the SuperLink's container to run, found: {found}",
+            "docker compose up --detach, in the folder of docker-compose.yml",
+        )
+    return done.stdout.strip()

@@ -1,0 +1,108 @@
+"""What each container is given: its own files, copied into a volume that only it mounts.
+
+Compose cannot mount one folder of a volume, and its file secrets keep the owner they have on the
+host. So there is a volume for each SuperNode, one for the SuperLink and one for what is public,
+and the provision service, which has everything, lays in each what its owner may see.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from medfed.paths import Home
+
+_PRIVATE, _PUBLIC = 0o600, 0o644
+
+
+class HandOutError(Exception):
+    """Something that should be handed out is not there.
+
+    Args:
+        message: one line: what was expected and what was found.
+        hint: one line: how to fix it.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """Where the volumes are mounted while they are filled.
+
+    Args:
+        sites: a folder with one mounted volume for each SuperNode, by its name.
+        superlink: the SuperLink's volume.
+        public: the volume with what anyone may see.
+    """
+
+    sites: Path
+    superlink: Path
+    public: Path
+
+
+def hand_out(home: Home, names: Iterable[str], volumes: Volumes) -> int:
+    """Lay in each volume what its owner gets; what is there already stays as it is.
+
+    A SuperNode gets its key pair, the CA's certificate and its partition (``data/``). The SuperLink
+    gets its certificate, that certificate's key and the CA's certificate. Public are the CA's
+    certificate and the SuperNodes' public keys. The CA's key goes nowhere.
+
+    Returns:
+        How many files were written or replaced.
+
+    Raises:
+        HandOutError: a key, a certificate or a partition is missing.
+    """
+    ca = home.certs / "ca.crt"
+    written = _lay(ca, volumes.public / "ca.crt", _PUBLIC)
+    written += _lay(ca, volumes.superlink / "ca.crt", _PUBLIC)
+    written += _lay(home.certs / "superlink.crt", volumes.superlink / "superlink.crt", _PUBLIC)
+    written += _lay(home.certs / "superlink.key", volumes.superlink / "superlink.key", _PRIVATE)
+    for name in names:
+        site, keys = volumes.sites / name, home.certs / "supernodes"
+        written += _lay(ca, site / "ca.crt", _PUBLIC)
+        written += _lay(keys / f"{name}.key", site / f"{name}.key", _PRIVATE)
+        for folder in (site, volumes.public / "supernodes"):
+            written += _lay(keys / f"{name}.pub", folder / f"{name}.pub", _PUBLIC)
+        written += _partition(home.partitions / name, site / "data")
+    return written
+
+
+def _partition(source: Path, target: Path) -> int:
+    """Make ``target`` hold the files of ``source`` and no others."""
+    rows = sorted(path for path in source.glob("*") if path.is_file()) if source.is_dir() else []
+    if not rows:
+        raise HandOutError(
+            f"expected a partition in {source}, found none", "`medfed prepare` makes the partitions"
+        )
+    kept = {path.name for path in rows}
+    for stale in target.glob("*") if target.is_dir() else ():
+        if stale.name not in kept:
+            stale.unlink()
+    return sum(_lay(path, target / path.name, _PUBLIC) for path in rows)
+
+
+def _lay(source: Path, target: Path, mode: int) -> int:
+    """Copy one file whole or not at all; 0 if it was there already, else 1."""
+    try:
+        content = source.read_bytes()
+    except FileNotFoundError:
+        raise HandOutError(
+            f"expected {source}, found no such file", "`medfed certs issue` makes the certificates"
+        ) from None
+    if target.is_file() and target.read_bytes() == content:
+        return 0
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.unlink(missing_ok=True)
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(target)
+    return 1

@@ -1,0 +1,89 @@
+"""Submit the app to a SuperLink and follow the run to its end."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from medfed.paths import Home
+
+if TYPE_CHECKING:
+    from superlink.control import Control
+
+PROJECT = Path(__file__).resolve().parents[1]
+RunConfig = Mapping[str, bool | float | int | str]
+
+
+class RunError(Exception):
+    """A run did not end as it should.
+
+    Args:
+        message: one line: what was expected and what was found.
+        hint: one line: how to fix it.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run that ended well.
+
+    Attributes:
+        run_id: Flower's id of the run.
+        folder: its record, see ``app.record``.
+        summary: the record's ``summary.json``.
+    """
+
+    run_id: int
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        """The last checkpoint, a PEFT folder."""
+        return self.folder / str(self.summary["adapter"])
+
+
+def run(control: Control, home: Home, overrides: RunConfig, console: Console) -> Outcome:
+    """Start a run of this project's app and show its rounds until it ends.
+
+    Args:
+        control: the SuperLink.
+        home: where the SuperLink writes its runs.
+        overrides: of the run config in ``pyproject.toml``.
+        console: where progress is drawn.
+
+    Raises:
+        RunError: the run failed or was stopped; the message is the ServerApp's own.
+    """
+    from flwr.cli.build import build_fab_from_disk
+
+    from medfed.follow import RoundsView, events
+
+    run_id = control.start_run(build_fab_from_disk(PROJECT), overrides)
+    folder = home.runs / str(run_id)
+    stream = events(folder / "events.jsonl", lambda: control.run(run_id).finished)
+    last = RoundsView(console, _rounds(overrides)).show(stream)
+    summary = folder / "summary.json"
+    if summary.is_file():
+        return Outcome(run_id, folder, json.loads(summary.read_text(encoding="utf-8")))
+    reason = last["reason"] if last and last["event"] == "failed" else control.run(run_id).details
+    raise RunError(
+        f"run {run_id} did not finish: {reason or control.run(run_id).status}",
+        f"flwr log {run_id} local-deployment --show prints the ServerApp's log",
+    )
+
+
+def _rounds(overrides: RunConfig) -> int:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+    defaults = project["tool"]["flwr"]["app"]["config"]
+    return int(overrides.get("num-server-rounds", defaults["num-server-rounds"]))

@@ -1,0 +1,382 @@
+"""Hold a question open until there is an answer. The only file here that reaches into Flower.
+
+A SuperNode asks the SuperLink for messages, and a ServerApp asks it for replies. Stock Flower 1.41
+answers "nothing yet" at once, so both sides choose between late (3 s polls) and expensive (each
+poll costs a signature, its check and an SQL transaction). This middleware keeps such an answer back
+until a message for that node, or a reply to one of those messages, has arrived *with all its
+objects*, or ``hold`` seconds have passed. Twenty nodes at rest then ask once every 20 s, and a
+sampled one hears of its message within milliseconds.
+
+The second thing it does: while a message's objects are still being uploaded, nobody is told of
+the message. Stock Flower hands it out at once, and whoever asks for a missing object waits a full
+second before asking again.
+
+A question is always answered by Flower itself, authentication included, before it is held and
+again when there is news. Nothing is held that Flower did not answer with an authenticated "nothing
+yet". Without this file (or with another Flower) nodes and ServerApp poll; see
+``supernode/polling.py`` and ``app/polling.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from types import FrameType
+from typing import Any, Protocol
+
+from flwr.proto.fleet_pb2 import (
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+)
+from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.proto.runtime_pb2 import (
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    PushAppMessagesRequest,
+    PushAppMessagesResponse,
+)
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+FLOWER = "1.41.0"
+
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+Application = Callable[[Event, Receive, Send], Awaitable[None]]
+Key = tuple[str, int | str]  # ("node", id): its messages; ("reply", id): replies to that message
+
+HOLD_FLEET_S = 20.0  # under the client's 30 s and a gateway's usual 60 s
+HOLD_RUNTIME_S = 5.0  # Flower notices a lost node only when it is asked
+SETTLE_S = 10.0  # an upload that takes longer no longer hides its message
+MOST_HELD = 1000
+_PULLS = ("/v1/fleet/pull-messages", "/v1/runtime/pull-messages")
+_PUSHES = ("/v1/fleet/push-messages", "/v1/runtime/push-messages")
+_OBJECTS = ("/v1/fleet/push-object", "/v1/runtime/push-object")
+
+
+class _Parsed(Protocol):
+    @classmethod
+    def FromString(cls, data: bytes) -> Any: ...  # noqa: N802, ANN401  (protobuf's)
+
+
+@dataclass(eq=False)
+class Question:
+    """One request for messages that may have to wait."""
+
+    keys: frozenset[Key]
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    superseded: bool = False
+
+
+@dataclass(eq=False)
+class Upload:
+    """One push of messages whose objects are on their way."""
+
+    keys: frozenset[Key]
+    objects: set[str] | None = None  # None: not known yet
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Board:
+    """Who waits for what, and which messages are not complete yet. One event loop, no locks."""
+
+    def __init__(self) -> None:
+        self.questions: set[Question] = set()
+        self.uploads: set[Upload] = set()
+        self.closing = False
+
+    def supersede(self, question: Question) -> None:
+        """Let older questions with the same keys go: their asker has come back."""
+        for other in self.questions:
+            if other is not question and other.keys == question.keys:
+                other.superseded = True
+                other.news.set()
+
+    def finish(self, upload: Upload) -> None:
+        """The messages of an upload are complete (or given up): tell who waits for them."""
+        self.uploads.discard(upload)
+        upload.done.set()
+        for question in self.questions:
+            if question.keys & upload.keys:
+                question.news.set()
+
+    def stored(self, object_id: str) -> None:
+        """An object has arrived."""
+        for upload in list(self.uploads):
+            if upload.objects is not None and object_id in upload.objects:
+                upload.objects.discard(object_id)
+                if not upload.objects:
+                    self.finish(upload)
+
+    async def settled(self, keys: frozenset[Key], patience: float) -> None:
+        """Wait until nothing for these keys is half uploaded, at most ``patience`` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while waiting := [upload for upload in self.uploads if upload.keys & keys]:
+                    await waiting[0].done.wait()
+
+    def close(self) -> None:
+        """The SuperLink is stopping: hold nothing any more."""
+        self.closing = True
+        for question in self.questions:
+            question.superseded = True
+            question.news.set()
+
+
+class LongPoll:
+    """ASGI middleware around the SuperLink's application.
+
+    Args:
+        app: the application.
+        fleet_s: seconds for which a SuperNode's question is held.
+        runtime_s: seconds for which a ServerApp's question is held.
+        settle_s: seconds for which a half-uploaded message is kept back.
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        fleet_s: float = HOLD_FLEET_S,
+        runtime_s: float = HOLD_RUNTIME_S,
+        settle_s: float = SETTLE_S,
+    ) -> None:
+        self._app = app
+        self._hold = dict(zip(_PULLS, (fleet_s, runtime_s), strict=True))
+        self._settle_s = settle_s
+        self.board = Board()
+
+    async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] == "lifespan":
+            _before_shutdown(self.board.close)
+        path = scope.get("path", "") if scope.get("method") == "POST" else ""
+        if path in _PULLS:
+            await self._pull(path, scope, receive, send)
+        elif path in _PUSHES:
+            await self._push(path, scope, receive, send)
+        elif path in _OBJECTS:
+            await self._object(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _pull(self, path: str, scope: Event, receive: Receive, send: Send) -> None:
+        body = await _body(receive)
+        keys = frozenset(_pull_keys(path, body))
+        question = Question(keys)
+        self.board.questions.add(question)
+        try:
+            await self.board.settled(keys, self._settle_s)
+            answer = await _ask(self._app, scope, body)
+            if keys and self._may_wait(path, answer):
+                self.board.supersede(question)
+                if await self._news(question, self._hold[path], receive):
+                    await self.board.settled(keys, self._settle_s)
+                    answer = await _ask(self._app, scope, body)
+        finally:
+            self.board.questions.discard(question)
+        for event in answer:
+            await send(event)
+
+    def _may_wait(self, path: str, answer: list[Event]) -> bool:
+        if self.board.closing or len(self.board.questions) > MOST_HELD:
+            return False
+        if answer[0].get("status") != 200:
+            return False
+        kind: type[_Parsed] = PullMessagesResponse if "fleet" in path else PullAppMessagesResponse
+        response = _parse(kind, b"".join(event.get("body", b"") for event in answer))
+        return response is not None and not response.messages_list
+
+    async def _news(self, question: Question, patience: float, receive: Receive) -> bool:
+        """Wait; whether it is worth asking Flower again.
+
+        Never for a client that has gone: Flower counts a message as delivered once it has answered.
+        """
+        news = asyncio.ensure_future(question.news.wait())
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait((news, gone), timeout=patience, return_when="FIRST_COMPLETED")
+            return news.done() and not gone.done() and not question.superseded
+        finally:
+            for task in (news, gone):
+                task.cancel()
+            await asyncio.gather(news, gone, return_exceptions=True)
+
+    async def _push(self, path: str, scope: Event, receive: Receive, send: Send) -> None:
+        body = await _body(receive)
+        upload = Upload(frozenset(_push_keys(path, body)))
+        self.board.uploads.add(upload)
+        try:
+            answer = await _ask(self._app, scope, body)
+        except BaseException:
+            self.board.finish(upload)
+            raise
+        kind: type[_Parsed] = PushMessagesResponse if "fleet" in path else PushAppMessagesResponse
+        response = None
+        if answer[0].get("status") == 200:
+            response = _parse(kind, b"".join(event.get("body", b"") for event in answer))
+        upload.objects = set(response.objects_to_push) if response is not None else set()
+        if upload.objects:
+            asyncio.get_running_loop().call_later(self._settle_s, self.board.finish, upload)
+        else:
+            self.board.finish(upload)
+        for event in answer:
+            await send(event)
+
+    async def _object(self, scope: Event, receive: Receive, send: Send) -> None:
+        if not self.board.uploads:
+            await self._app(scope, receive, send)
+            return
+        parts: list[bytes] = []
+
+        async def listen() -> Event:
+            event = await receive()
+            parts.append(event.get("body", b""))
+            return event
+
+        await self._app(scope, listen, send)
+        request = _parse(PushObjectRequest, b"".join(parts))
+        if request is not None:
+            self.board.stored(request.object_id)
+
+
+def _pull_keys(path: str, body: bytes) -> Iterable[Key]:
+    if "fleet" in path:
+        node = _parse(PullMessagesRequest, body)
+        return [("node", node.node.node_id)] if node is not None else []
+    replies = _parse(PullAppMessagesRequest, body)
+    return [("reply", message_id) for message_id in replies.message_ids] if replies else []
+
+
+def _push_keys(path: str, body: bytes) -> Iterable[Key]:
+    kind: type[_Parsed] = PushMessagesRequest if "fleet" in path else PushAppMessagesRequest
+    request = _parse(kind, body)
+    for message in request.messages_list if request is not None else ():
+        if reply_to := message.metadata.reply_to_message_id:
+            yield ("reply", reply_to)
+        else:
+            yield ("node", message.metadata.dst_node_id)
+
+
+def _parse(kind: type[_Parsed], data: bytes) -> Any:  # noqa: ANN401  (one of six messages)
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        return None
+
+
+async def _body(receive: Receive) -> bytes:
+    parts = []
+    while True:
+        event = await receive()
+        parts.append(event.get("body", b""))
+        if not event.get("more_body", False):
+            return b"".join(parts)
+
+
+async def _ask(app: Application, scope: Event, body: bytes) -> list[Event]:
+    """Let the application answer a request that has been read; its answer, not yet sent."""
+    events: list[Event] = []
+    asked = False
+
+    async def receive() -> Event:
+        nonlocal asked
+        if asked:  # the client is ours to watch: let the application finish
+            await asyncio.Event().wait()
+        asked = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(event: Event) -> None:
+        events.append(event)
+
+    # A copy: the application writes into the scope's state, and may be asked twice.
+    await app({**scope, "state": dict(scope.get("state", {}))}, receive, send)
+    return events
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _before_shutdown(close: Callable[[], None]) -> None:
+    """Call ``close`` on SIGINT and SIGTERM before the server's own handler.
+
+    The server waits for open requests before it stops, so held ones would keep it for seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous = signal.getsignal(number)
+        if not callable(previous):
+            continue
+
+        def handle(
+            received: int,
+            frame: FrameType | None,
+            previous: Callable[[int, FrameType | None], Any] = previous,
+        ) -> None:
+            loop.call_soon_threadsafe(close)
+            previous(received, frame)
+
+        signal.signal(number, handle)
+
+
+def findings() -> list[str]:
+    """What the installed Flower does differently from what this file was written for.
+
+    Returns:
+        One line per difference; empty when questions may be held.
+    """
+    from flwr.superlink import extensions, main
+    from flwr.superlink.routers.fleet.router import router
+
+    installed = metadata.version("flwr")
+    if installed != FLOWER:
+        return [f"expected flwr {FLOWER}, found {installed}"]
+    found = []
+    if extensions.get_middleware() != ():
+        found.append("expected no other SuperLink extension, found one with middleware")
+    if getattr(main, "extensions", None) is not extensions:
+        found.append(
+            "expected flwr.superlink.main to take middleware from flwr.superlink.extensions"
+        )
+    paths = {getattr(route, "path", "") for route in router.routes}
+    found += [
+        f"expected the Fleet API to have {path}, it has not"
+        for path in (*_PULLS, *_PUSHES, *_OBJECTS)
+        if "fleet" in path and path not in paths
+    ]
+    return found
+
+
+def install() -> None:
+    """Add the middleware to the SuperLink that this process is about to start."""
+    from flwr.superlink import extensions
+    from starlette.middleware import Middleware
+
+    others = extensions.get_middleware
+    extensions.get_middleware = lambda: (Middleware(LongPoll), *others())
+
+
+def run_superlink() -> None:
+    """Run ``flower-superlink`` on ``sys.argv``, holding questions where Flower allows it."""
+    from logging import INFO, WARNING
+
+    from flwr.supercore import log
+    from flwr.superlink.cli import flower_superlink
+
+    if problems := findings():
+        for problem in problems:
+            log(WARNING, "Questions are answered at once, as Flower does by itself: %s", problem)
+    else:
+        install()
+        log(INFO, "Questions without an answer are held for up to %.0f s", HOLD_FLEET_S)
+    flower_superlink()

@@ -1,0 +1,167 @@
+"""What can be known to be wrong before the SuperLink starts."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+)
+
+from .command import Settings
+from .errors import SuperLinkError
+
+_ISSUE = "`medfed certs issue` makes a CA and a certificate that belong together"
+
+
+def check(settings: Settings) -> None:
+    """Check certificate, key, CA, database folder and port.
+
+    Raises:
+        SuperLinkError: the first thing that is wrong.
+    """
+    check_certificates(settings.certificate, settings.key, settings.ca)
+    check_database(settings.database)
+    check_port_is_free(settings.host, settings.port)
+
+
+def check_certificates(certificate: Path, key: Path, ca: Path) -> None:
+    """Check that the key is the certificate's, the certificate the CA's, and the dates good.
+
+    Raises:
+        SuperLinkError: a file is missing, malformed, open to others, expired, or of another pair.
+    """
+    served, issuer = _read_certificate(certificate), _read_certificate(ca)
+    try:
+        private = load_pem_private_key(_read(key), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise SuperLinkError(
+            f"expected a PEM private key without a passphrase in {key}, found: {error}", _ISSUE
+        ) from None
+    mode = stat.S_IMODE(key.stat().st_mode)
+    if mode & 0o077:
+        raise SuperLinkError(
+            f"expected the private key {key} to be its owner's only (0600), found {mode:04o}",
+            f"chmod 600 {key}",
+        )
+    form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    if private.public_key().public_bytes(*form) != served.public_key().public_bytes(*form):
+        raise SuperLinkError(
+            f"expected {key} to be the private key of {certificate}, found that it is another's",
+            _ISSUE,
+        )
+    try:
+        served.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        raise SuperLinkError(
+            f"expected {certificate} to be issued by the CA in {ca}, found another issuer "
+            f"({served.issuer.rfc4514_string()})",
+            _ISSUE,
+        ) from None
+    now = datetime.now(UTC)
+    for path, one in ((certificate, served), (ca, issuer)):
+        if now > one.not_valid_after_utc:
+            raise SuperLinkError(
+                f"expected {path} to be valid, found that it expired on "
+                f"{one.not_valid_after_utc:%Y-%m-%d}",
+                "`medfed certs issue` renews what has expired",
+            )
+        if now < one.not_valid_before_utc:
+            raise SuperLinkError(
+                f"expected {path} to be valid, found that it starts on "
+                f"{one.not_valid_before_utc:%Y-%m-%d %H:%M} UTC",
+                "is this machine's clock right?",
+            )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise SuperLinkError(f"expected {path}, found no such file", _ISSUE) from None
+    except OSError as error:
+        raise SuperLinkError(
+            f"expected to read {path}, found: {error.strerror}",
+            f"it must be readable by the user that runs the SuperLink (uid {os.getuid()})",
+        ) from None
+
+
+def _read_certificate(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(_read(path))
+    except ValueError:
+        raise SuperLinkError(
+            f"expected a PEM certificate in {path}, found something else", _ISSUE
+        ) from None
+
+
+def check_database(database: Path) -> None:
+    """Check that SQLite will be able to write ``database`` and the files that it puts beside it.
+
+    Raises:
+        SuperLinkError: the folder is missing, or it or the file cannot be written.
+    """
+    if not database.parent.is_dir():
+        raise SuperLinkError(
+            f"expected the folder of the database {database}, found no such folder",
+            f"mkdir -p {database.parent}",
+        )
+    for path in (database.parent, database):
+        if path.exists() and not os.access(path, os.W_OK):
+            raise SuperLinkError(
+                f"expected to write {path}, found that it cannot be written",
+                f"it must be writable by the user that runs the SuperLink (uid {os.getuid()})",
+            )
+
+
+def check_port_is_free(host: str, port: int) -> None:
+    """Check that the SuperLink will be able to listen.
+
+    Raises:
+        SuperLinkError: something listens there, or the address is not this machine's.
+    """
+    if not 0 < port < 65536:
+        raise SuperLinkError(f"expected a port from 1 to 65535, found {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise SuperLinkError(
+                f"expected port {port} to be free for the SuperLink, "
+                f"found it in use{_owner_of(port)}",
+                "stop what listens there, or choose another port: --port",
+            ) from None
+        raise SuperLinkError(
+            f"expected to listen on {host} port {port}, found: {error.strerror}",
+            "--host takes an address of this machine, or 0.0.0.0 for all of them",
+        ) from None
+
+
+def _owner_of(port: int) -> str:
+    """`` by NAME (pid N)`` where this user may see it, else nothing."""
+    import psutil
+
+    try:
+        connections = psutil.net_connections(kind="tcp")
+        for connection in connections:
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                if connection.pid is None:
+                    break
+                return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    except psutil.Error:
+        pass
+    return ""

@@ -1,0 +1,102 @@
+"""Start one SuperNode: check everything that can be checked, then become Flower's SuperNode.
+
+    python -m supernode --name supernode-07 --superlink superlink:8000 \\
+        --ca /certs/ca.crt --key /certs/supernode-07.key --data /data
+
+Containers and ``medfed up`` both start it this way. What is wrong is said on one line, with a hint,
+and the exit status is 1. A SuperLink that cannot be reached is not an error: it is waited for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from .command import DEFAULT_RUNTIME_PORT, Settings, arguments, environment
+from .errors import SuperNodeError
+from .roster import DEFAULT_ROSTER, load
+
+
+def parse(argv: list[str]) -> tuple[Settings, float]:
+    """Read the command line: the SuperNode, and its patience in seconds.
+
+    Raises:
+        SuperNodeError: the name or the partition is not in the roster, or the address is malformed.
+    """
+    parser = argparse.ArgumentParser(prog="python -m supernode", description="Start one SuperNode.")
+    parser.add_argument("--name", required=True, help="its name in the roster")
+    parser.add_argument("--superlink", required=True, help="HOST:PORT of the SuperLink")
+    parser.add_argument("--ca", required=True, type=Path, help="the federation's CA certificate")
+    parser.add_argument("--key", required=True, type=Path, help="its private key")
+    parser.add_argument(
+        "--public-keys", type=Path, help="folder with NAME.pub (default: where the key is)"
+    )
+    parser.add_argument("--data", required=True, type=Path, help="folder with its rows")
+    parser.add_argument("--roster", type=Path, default=DEFAULT_ROSTER, help="the roster file")
+    parser.add_argument("--partition", type=int, help="partition id (default: the roster's)")
+    parser.add_argument(
+        "--runtime-port",
+        type=int,
+        default=DEFAULT_RUNTIME_PORT,
+        help="local port for its ClientApps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gpu", action="store_true", help="let ClientApps use the roster's slice of a GPU"
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=75.0,
+        help="seconds to wait while its key counts as online (default: %(default)s; a SuperNode "
+        "that was killed does for 60 s)",
+    )
+    options = parser.parse_args(argv)
+    roster = load(options.roster)
+    entry = roster.entry(options.name)
+    partition = entry.partition if options.partition is None else options.partition
+    settings = Settings(
+        entry=entry,
+        partition=roster.check_partition(partition),
+        num_partitions=roster.num_partitions,
+        superlink=options.superlink,
+        ca=options.ca,
+        key=options.key,
+        public_keys=options.public_keys or options.key.parent,
+        data=options.data,
+        runtime_port=options.runtime_port,
+        use_gpu=options.gpu,
+    )
+    return settings, options.patience
+
+
+def main(argv: list[str]) -> int:
+    """Run the SuperNode until it is stopped; the exit status."""
+    try:
+        settings, patience = parse(argv)
+        # Set before anything else is imported: thread pools read it once, when they start.
+        os.environ.update(environment(settings, os.environ, Path(sys.executable).parent))
+        from . import connection, enrolment, preflight
+
+        preflight.check(settings)
+        preflight.wait_for_superlink(settings)
+        node_id = enrolment.enrol(settings, patience)
+        connection.record(settings, node_id)
+    except SuperNodeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+    from flwr.supernode.cli.flower_supernode import flower_supernode
+
+    sys.argv = arguments(settings)
+    flower_supernode()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

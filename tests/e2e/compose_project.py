@@ -1,0 +1,149 @@
+"""One Compose project of the tests: a name of its own, a port of its own, gone at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import docker
+from docker.models.containers import Container
+
+from supernode import roster
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = roster.load().names
+FEDERATION = ("superlink", *NAMES)
+ONLINE_WITHIN_S = 120.0
+PREFIX = "medfed-e2e-"  # .ci/run removes what a killed test session left behind by it
+
+
+class ComposeProject:
+    """``docker compose`` in the repository, and what the engine says about its containers."""
+
+    def __init__(self) -> None:
+        self.name = PREFIX + secrets.token_hex(3)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.client = docker.from_env()
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if key != "COMPOSE_FILE"},
+            "COMPOSE_PROJECT_NAME": self.name,
+            "MEDFED_PORT": str(self.port),
+            "MEDFED_TAG": "e2e",
+        }
+
+    def compose(
+        self, *arguments: str, timeout: float = 300, stdin: str | None = None, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run one Compose command, deaf to the developer's own ``.env``."""
+        command = ["docker", "compose", "--env-file", os.devnull, *arguments]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=self.environment,
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if check and done.returncode != 0:
+            output = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
+            raise AssertionError(f"{' '.join(arguments)}: exit {done.returncode}\n{output}")
+        return done
+
+    def config(self, *files: str) -> dict[str, Any]:
+        """The whole configuration as Compose resolves it from these files."""
+        options = [option for file in files for option in ("--file", file)]
+        resolved = self.compose(*options, "config", "--format", "json")
+        found: dict[str, Any] = json.loads(resolved.stdout)
+        return found
+
+    def container(self, service: str) -> Container:
+        """The service's container, running or not."""
+        (found,) = self.client.containers.list(
+            all=True,
+            filters={
+                "label": [
+                    f"com.docker.compose.project={self.name}",
+                    f"com.docker.compose.service={service}",
+                    "com.docker.compose.oneoff=False",
+                ]
+            },
+        )
+        return found
+
+    def containers(self, *services: str) -> Iterator[tuple[str, Container]]:
+        """Each service (default: the SuperLink and all SuperNodes) and its container."""
+        for service in services or FEDERATION:
+            yield service, self.container(service)
+
+    def health(self) -> dict[str, str]:
+        """Service → "starting", "healthy" or "unhealthy", or its state if it has no health."""
+        found = {}
+        for container in self.client.containers.list(
+            all=True, filters={"label": f"com.docker.compose.project={self.name}"}
+        ):
+            service = container.labels["com.docker.compose.service"]
+            if service in FEDERATION:
+                state = self.client.api.inspect_container(container.id)["State"]
+                found[service] = state.get("Health", {}).get("Status", state["Status"])
+        return found
+
+    def python(self, service: str, code: str) -> str:
+        """What ``code`` prints in the service's container, run by Python as the service's user."""
+        status, output = self.container(service).exec_run(["python", "-c", code])
+        text = str(output.decode())
+        assert status == 0, f"{service}: {text}"
+        return text.strip()
+
+    def keep_logs(self, folder: Path) -> None:
+        """Write every container's state and log into ``folder``."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for container in self.client.containers.list(
+            all=True, filters={"label": f"com.docker.compose.project={self.name}"}
+        ):
+            state = json.dumps(container.attrs["State"], indent=2)
+            (folder / f"{container.name}.state.json").write_text(state)
+            (folder / f"{container.name}.log").write_bytes(container.logs())
+
+    def remove(self) -> None:
+        """Remove containers, networks and volumes of this project, and nothing else."""
+        self.compose(
+            "down", "--volumes", "--remove-orphans", "--timeout", "10", timeout=300, check=False
+        )
+        self.client.close()
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A federation in containers, all of it online.
+
+    Args:
+        project: its Compose project.
+        seconds_to_online: from ``docker compose up`` with built images to 20 healthy SuperNodes.
+    """
+
+    project: ComposeProject
+    seconds_to_online: float
+
+
+def until(what: Callable[[], bool], deadline_s: float, message: Callable[[], str]) -> float:
+    """Seconds until ``what`` was observed; at the deadline it fails with ``message``."""
+    begun = time.monotonic()
+    while not what():
+        assert time.monotonic() - begun < deadline_s, message()
+        time.sleep(0.5)
+    return time.monotonic() - begun

@@ -1,0 +1,188 @@
+"""The Compose files: rendered from the roster, and each service hardened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from medfed.commands.compose import app
+from supernode import compose
+from supernode.errors import SuperNodeError
+from supernode.roster import GpuSlice, Roster, SuperNodeEntry, load
+
+ROOT = Path(__file__).resolve().parents[2]
+ONE_SHOTS = {"provision", "register", "demo"}
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    document = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
+    found: dict[str, Any] = document["services"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def volumes() -> set[str]:
+    document = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
+    return set(document["volumes"])
+
+
+def mounts(service: dict[str, Any]) -> dict[str, str]:
+    """Volume → where it is mounted, with ``:ro`` where it is read-only."""
+    return dict(entry.split(":", 1) for entry in service.get("volumes", []))
+
+
+def test_the_committed_files_say_what_the_roster_says() -> None:
+    assert compose.drift(ROOT, load()) == {}
+
+
+def test_there_is_one_service_and_one_volume_for_each_supernode(
+    services: dict[str, Any], volumes: set[str]
+) -> None:
+    names = set(load().names)
+    assert set(services) == names | ONE_SHOTS | {"superlink"}
+    assert names <= volumes
+
+
+def test_every_service_is_hardened(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["read_only"] is True, name
+        assert service["init"] is True, name
+        assert service["pids_limit"] > 0, name
+        assert "privileged" not in service, name
+        assert "user" not in service, f"{name}: the image's own user, which is not root"
+
+
+def test_a_supernode_mounts_its_own_volume_and_the_model_and_nothing_else(
+    services: dict[str, Any],
+) -> None:
+    for name in load().names:
+        assert mounts(services[name]) == {"models": "/medfed/models:ro", name: "/site:ro"}
+
+
+def test_only_the_provision_service_has_the_ca_key_and_a_way_out(services: dict[str, Any]) -> None:
+    assert [name for name, one in services.items() if "office" in mounts(one)] == ["provision"]
+    assert [name for name, one in services.items() if "outside" in one["networks"]] == ["provision"]
+
+
+def test_only_the_superlink_is_reached_from_this_machine_and_from_no_other(
+    services: dict[str, Any],
+) -> None:
+    published = {name: service["ports"] for name, service in services.items() if "ports" in service}
+    assert list(published) == ["superlink"]
+    assert all(port.startswith("127.0.0.1:") for port in published["superlink"])
+
+
+def test_the_federation_has_no_route_out() -> None:
+    document = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
+    assert document["networks"]["federation"] == {"internal": True}
+
+
+def test_each_image_is_built_by_one_service(services: dict[str, Any]) -> None:
+    built = [service["image"] for service in services.values() if "build" in service]
+    assert len(built) == len(set(built)) == 2
+    assert {service["image"] for service in services.values()} == set(built)
+
+
+def test_both_images_share_their_first_stage_byte_for_byte() -> None:
+    stages = set()
+    for name in ("superlink", "supernode"):
+        text = (ROOT / name / "Dockerfile").read_text(encoding="utf-8")
+        stage, separator, _ = text.partition(f"\nFROM runtime AS {name}\n")
+        assert separator, name
+        stages.add(stage[: stage.rindex("WORKDIR")])
+    assert len(stages) == 1
+
+
+def test_builds_see_no_keys_and_no_data() -> None:
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*", "an allow-list"
+    for secret in ("**/*.key", "**/*.crt", "**/*.pem", "**/*.pub", "**/*.jsonl", "**/.medfed"):
+        assert rules.index(secret) > max(i for i, rule in enumerate(rules) if rule[0] == "!")
+
+
+def test_gpu_slices_are_only_in_the_mix_in(services: dict[str, Any]) -> None:
+    assert not any("deploy" in service for service in services.values())
+    document = yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text(encoding="utf-8"))
+    for entry in load().supernodes:
+        assert entry.gpu is not None
+        service = document["services"][entry.name]
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert device["device_ids"] == [entry.gpu.device]
+        assert service["command"] == [*services[entry.name]["command"], "--gpu"]
+
+
+entries = st.builds(
+    SuperNodeEntry,
+    name=st.from_regex(r"[a-z][a-z0-9]{0,8}", fullmatch=True),
+    partition=st.integers(0, 99),
+    cpus=st.floats(0.05, 64).map(lambda cpus: round(cpus, 2)),
+    gpu=st.none() | st.builds(GpuSlice, device=st.sampled_from(["0", "MIG-a1"]), memory=st.just(1)),
+)
+rosters = st.lists(entries, min_size=1, max_size=9, unique_by=lambda entry: entry.name).map(
+    lambda some: Roster(tuple(some))
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rosters)
+def test_any_roster_renders_to_valid_yaml_and_rendering_again_changes_nothing(
+    roster: Roster,
+) -> None:
+    for name in compose.FILES:
+        text = compose.render((ROOT / name).read_text(encoding="utf-8"), roster)
+        assert compose.render(text, roster) == text
+        found = yaml.safe_load(text)["services"] or {}
+        for entry in roster.supernodes:
+            if name == "docker-compose.yml":
+                assert found[entry.name]["cpus"] == entry.cpus
+                assert entry.name in found["demo"]["depends_on"]
+                assert f"{entry.name}:/sites/{entry.name}" in found["provision"]["volumes"]
+            else:
+                assert (entry.name in found) == (entry.gpu is not None)
+
+
+def test_institutions_reach_the_superlink_in_one_line() -> None:
+    document = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
+    text = document["services"]["superlink"]["environment"]["MEDFED_INSTITUTIONS"]
+    assert [name.strip() for name in text.split(",")] == list(load().names)
+
+
+def test_a_block_of_an_unknown_name_is_refused() -> None:
+    with pytest.raises(SuperNodeError, match="found 'nonsense'"):
+        compose.render("# rendered: nonsense\n# end\n", load())
+
+
+def test_a_block_without_end_is_refused() -> None:
+    with pytest.raises(SuperNodeError, match="end of the file"):
+        compose.render("services:\n  # rendered: supernodes\n", load())
+
+
+def test_check_fails_on_drift_and_changes_nothing(tmp_path: Path) -> None:
+    for name in compose.FILES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(text.replace("cpus: 1\n", "cpus: 7\n"), encoding="utf-8")
+    before = (tmp_path / "docker-compose.yml").read_bytes()
+
+    def run(*options: str) -> int:
+        arguments = ["render", "--project", str(tmp_path), *options]
+        return CliRunner().invoke(app, arguments).exit_code
+
+    assert run("--check") == 1
+    assert (tmp_path / "docker-compose.yml").read_bytes() == before
+    assert run() == 0
+    assert run("--check") == 0
+
+
+def test_outside_the_repository_the_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SuperNodeError, match=r"docker-compose\.yml in .*found no such file"):
+        compose.drift(tmp_path, load())

@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from app import training
+from app.cards import Example
+from app.errors import AppError
+from app.packing import PACKED_ATTENTION, labelled_tokens, pack
+from app.training import holdout_loss, step_batches, train
+
+VOCABULARY = 61
+CPU = torch.device("cpu")
+
+
+def tiny_model(dtype=torch.float64, dropout=0.0, **changes):
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        **changes,
+    )
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        lora_dropout=dropout,
+        target_modules=["q_proj", "v_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(LlamaForCausalLM(config), lora).to(dtype)
+
+
+DOUBLE = tiny_model()
+
+
+def card(length, prompt_length):
+    generator = torch.Generator().manual_seed(100 * length + prompt_length)
+    ids = torch.randint(0, VOCABULARY, (length,), generator=generator)
+    return Example(tuple(ids.tolist()), prompt_length)
+
+
+def cards(lengths, prompts):
+    return [card(*shape) for shape in zip(lengths, prompts, strict=True)]
+
+
+SOME_CARDS = cards([9, 30, 14, 22, 5, 17], [4, 11, 6, 21, 2, 3])
+
+
+def padded_loss(model, examples):
+    """The reference: one padded batch, logits everywhere, mean over the labelled tokens."""
+    longest = max(len(example.input_ids) for example in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    for row, (tokens, prompt) in enumerate(examples):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+        labels[row, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(
+        logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    ) / sum(map(labelled_tokens, examples))
+
+
+def gradients(model):
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    return found
+
+
+def packed_loss_and_gradients(model, examples, most_tokens):
+    with training._ready(model, training=True) as network:
+        loss = training._backward(network, pack(examples, most_tokens, CPU))
+    return loss, gradients(model)
+
+
+def assert_same_as_padded(model, examples, most_tokens):
+    reference = padded_loss(model, examples)
+    reference.backward()
+    expected = gradients(model)
+    loss, found = packed_loss_and_gradients(model, examples, most_tokens)
+    assert abs(loss - reference.item()) < 1e-9
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, f"{name}: a gradient of zero compares nothing"
+        assert (found[name] - gradient).abs().max() < 1e-9, name
+
+
+CARD = st.integers(2, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n)))
+
+
+@given(
+    shapes=st.lists(CARD, max_size=6),
+    most_tokens=st.integers(1, 120),
+    logit_rows=st.integers(1, 40),
+)
+@settings(max_examples=20, deadline=None)
+def test_packs_give_the_loss_and_every_gradient_of_the_padded_batch(
+    shapes, most_tokens, logit_rows
+):
+    # A card of two tokens alone has no gradient at q, which has nothing to choose from.
+    examples = [Example(tuple(range(9)), 3), *(card(*shape) for shape in shapes)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "LOGIT_ROWS", {"cpu": logit_rows})
+        assert_same_as_padded(DOUBLE, examples, most_tokens)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = tiny_model()
+    _, expected = packed_loss_and_gradients(model, SOME_CARDS, 40)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    _, found = packed_loss_and_gradients(model, SOME_CARDS, 40)
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
+def test_a_card_s_neighbours_in_a_pack_do_not_change_its_loss():
+    model = DOUBLE
+    alone = [holdout_loss(model, [card]) * labelled_tokens(card) for card in SOME_CARDS]
+    together = holdout_loss(model, SOME_CARDS) * sum(map(labelled_tokens, SOME_CARDS))
+    assert abs(sum(alone) - together) < 1e-9
+
+
+def test_the_held_out_loss_is_the_padded_loss_and_leaves_no_gradient():
+    model = tiny_model(dropout=0.5)
+    expected = padded_loss(model.eval(), SOME_CARDS).item()
+    model.train()
+    assert abs(holdout_loss(model, SOME_CARDS) - expected) < 1e-9
+    assert model.training, "the mode is given back"
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_packs_hold_every_labelled_card_once_and_no_more_tokens_than_asked():
+    packs = pack(SOME_CARDS, 35, CPU)
+    lengths = sorted(length for one in packs for length in one.lengths)
+    assert lengths == sorted(len(card.input_ids) - 1 for card in SOME_CARDS)
+    assert all(one.input_ids.shape[1] <= 35 for one in packs)
+    assert max(packs[0].lengths) == lengths[-1], "the hungriest pack comes first"
+
+
+def test_a_card_longer_than_a_pack_goes_alone_and_one_without_an_answer_stays_out():
+    packs = pack(cards([30, 9, 8], [3, 9, 2]), 10, CPU)
+    assert [one.lengths for one in packs] == [(29,), (7,)]
+
+
+def hugging_face_trainer(model, examples, folder, *, steps, batch_size, accumulation, rate, seed):
+    """The stock pipeline: transformers' Trainer on padded batches, labels on the answers."""
+
+    def collate(rows):
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(key, fill):
+            return torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
+
+        return {
+            "input_ids": padded("input_ids", 0),
+            "labels": padded("labels", -100),
+            "attention_mask": padded("attention_mask", 0),
+        }
+
+    rows = [
+        {
+            "input_ids": list(ids),
+            "labels": [-100] * prompt + list(ids[prompt:]),
+            "attention_mask": [1] * len(ids),
+        }
+        for ids, prompt in examples
+    ]
+    return Trainer(
+        model=model,
+        train_dataset=rows,
+        data_collator=collate,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=rate,
+            lr_scheduler_type="constant",
+            seed=seed,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training_follows_hugging_face_s_trainer_step_by_step(tmp_path, accumulation):
+    examples = cards([9, 30, 14, 22, 5, 17, 12], [4, 11, 6, 20, 2, 3, 1])  # an odd last batch
+    stock, ours = tiny_model(torch.float32), tiny_model(torch.float32)
+    choices = {"steps": 6, "batch_size": 2}
+    trainer = hugging_face_trainer(
+        stock, examples, tmp_path, accumulation=accumulation, rate=1e-3, seed=11, **choices
+    )
+    trainer.train()
+    expected = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    result = train(
+        ours,
+        examples,
+        gradient_accumulation=accumulation,
+        learning_rate=1e-3,
+        order_seed=11,
+        dropout_seed=0,
+        micro_batch_tokens=40,
+        **choices,
+    )
+
+    assert result.step_losses == pytest.approx(expected, abs=1e-5)
+    assert result.loss == pytest.approx(sum(expected) / len(expected), abs=1e-5)
+    for (name, ours_value), (_, stock_value) in zip(
+        ours.named_parameters(), stock.named_parameters(), strict=True
+    ):
+        assert torch.allclose(ours_value, stock_value, atol=1e-5), name
+
+
+@given(count=st.integers(1, 50), cards_per_step=st.integers(1, 20), seed=st.integers(0, 2**62))
+def test_every_epoch_shows_every_card_once(count, cards_per_step, seed):
+    steps = step_batches(count, cards_per_step, seed)
+    for _ in range(2):
+        epoch = []
+        while len(epoch) < count:
+            epoch += next(steps)
+        assert sorted(epoch) == list(range(count))
+
+
+def test_another_seed_is_another_order():
+    assert next(step_batches(50, 50, 1)) != next(step_batches(50, 50, 2))
+
+
+def adapter_digest(dropout_seed):
+    model = tiny_model(torch.float32, dropout=0.1)
+    run(model, dropout_seed=dropout_seed)
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run(model, examples=SOME_CARDS, **changes):
+    choices = {
+        "steps": 3,
+        "batch_size": 4,
+        "gradient_accumulation": 1,
+        "learning_rate": 1e-3,
+        "order_seed": 5,
+        "dropout_seed": 6,
+        "micro_batch_tokens": 40,
+    }
+    return train(model, examples, **(choices | changes))
+
+
+def test_the_same_seeds_give_the_same_adapter_bit_for_bit():
+    first = adapter_digest(dropout_seed=7)
+    torch.rand(5)  # whatever happened before in this process has no say
+    assert adapter_digest(dropout_seed=7) == first
+    assert adapter_digest(dropout_seed=8) != first
+
+
+def test_training_leaves_the_caller_s_random_numbers_alone():
+    model = tiny_model(torch.float32, dropout=0.1)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    run(model)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_only_the_adapter_changes():
+    model = tiny_model(torch.float32)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    run(model)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]) != ("lora_" in name), name
+
+
+def test_the_result_counts_cards_and_tokens_and_reports_every_step():
+    seen = []
+    result = run(tiny_model(torch.float32), on_step=lambda step, loss: seen.append((step, loss)))
+    assert seen == list(enumerate(result.step_losses, start=1))
+    assert result.examples == 4 + 2 + 4
+    assert result.tokens > sum(len(card.input_ids) for card in SOME_CARDS)
+    assert result.seconds > 0
+    assert result.peak_memory_bytes > 2**20
+
+
+def test_the_model_s_own_attention_comes_back_even_after_an_error():
+    model = tiny_model(torch.float32)
+    before = model.config._attn_implementation
+    assert before != PACKED_ATTENTION
+    with pytest.raises(AppError):
+        run(model, cards([9, 12], [9, 12]))
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    ("examples", "expected"),
+    [
+        ([], "found none in this node's partition"),
+        (cards([9, 12], [9, 12]), "found only answers that were cut off"),
+    ],
+)
+def test_cards_that_teach_nothing_are_refused(examples, expected):
+    with pytest.raises(AppError, match=expected):
+        run(tiny_model(torch.float32), examples)
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    model = tiny_model(torch.float32)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+    with pytest.raises(AppError, match="expected a finite loss"):
+        run(model)
+
+
+def test_a_frozen_model_is_refused():
+    with pytest.raises(AppError, match="found every parameter frozen"):
+        run(tiny_model(torch.float32).requires_grad_(False))
+
+
+def test_a_trained_output_layer_is_refused():
+    model = tiny_model(torch.float32)
+    model.get_base_model().lm_head.weight.requires_grad_(True)
+    with pytest.raises(AppError, match="expected a frozen output layer"):
+        run(model)
+
+
+def test_a_head_that_is_more_than_a_linear_map_is_refused():
+    model = tiny_model(torch.float32)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(AppError, match="found final_logit_softcapping"):
+        run(model)
