@@ -43,7 +43,8 @@ bench: setup
 	@$(BIN)/python -m benchmarks.rounds
 
 wheelhouse: setup
-	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --dest wheelhouse -r requirements/runtime.txt
+	@PYTHON=$(BIN)/python requirements/wheelhouse.sh
 
 clean:
-	rm -rf $(VENV) wheelhouse
+	rm -rf $(VENV)
+	rm -f wheelhouse/*.whl wheelhouse/.complete

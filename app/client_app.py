@@ -44,7 +44,7 @@ def train(message: Message, context: Context) -> Message:
 
     from app import data, training  # torch and the rest: only when there is work
     from app.device import place
-    from app.model import attach_adapter, flat_adapter, load_adapter, load_base, load_tokenizer
+    from app.model import adapted_model, flat_adapter, load_adapter, load_tokenizer
 
     partition_id = int(context.node_config["partition-id"])
     round_config = message.content.config_records["config"]
@@ -55,7 +55,7 @@ def train(message: Message, context: Context) -> Message:
 
     placement = place(context.node_config)
     log(INFO, "%s", placement)
-    model = attach_adapter(load_base(config.model, placement), config.model)
+    model = adapted_model(config.model, placement)
     manifest = adapter.Manifest.from_json(str(round_config["manifest"]))
     received = message.content.array_records["arrays"]["adapter"].numpy()
     load_adapter(model, received, manifest)

@@ -5,8 +5,8 @@ for yes, no or maybe, in words of their own (and a model that has never seen tha
 for its manners, whatever it knows). So a share of a partition's cards can be put as such questions:
 
 - **choice**: the card's question with its own answer among those of three other cards;
-- **statement**: a claim, to be judged by a text made of cards. The text says it of its subject (yes),
-  or says something else of it (no), or is about another subject (maybe).
+- **statement**: a claim, to be judged by a text made of cards. The text says it of its subject
+  (yes), or says something else of it (no), or is about another subject (maybe).
 
 Every right answer is right by the hospital's own cards: no text is falsified, no other data is
 used, and letters are drawn evenly, so that no position is worth guessing.
@@ -202,9 +202,11 @@ def _choice(number: int, cards: Sequence[_Card], rng: random.Random) -> tuple[st
     wrong: dict[str, frozenset[str]] = {}
     for i in others:
         option = cards[i].option
-        seen = {card.option.lower(), *(text.lower() for text in wrong)}
-        # A card that asks the same may well be answered the same in other words.
-        if i != number and option and option.lower() not in seen and cards[i].words != card.words:
+        # What the card's own answer says too would be right as well, and so might be the answer
+        # of a card that asks the same in other words.
+        right = option.lower() in card.answer.lower() or cards[i].words == card.words
+        known = option.lower() in (text.lower() for text in wrong)
+        if i != number and option and not right and not known:
             wrong[option] = cards[i].words
         if len(wrong) == _CANDIDATES:
             break
@@ -236,7 +238,8 @@ def _statement(number: int, cards: Sequence[_Card], rng: random.Random) -> tuple
         verdict = "no"
     elif verdict == "no":
         # Another subject's predicate, of the same verb so that the sentence still holds together.
-        wrong = [c.claim.rest for c in strangers if c.claim and c.claim.verb == claim.verb]
+        same_verb = [c.claim.rest for c in strangers if c.claim and c.claim.verb == claim.verb]
+        wrong = [rest for rest in same_verb if rest.lower() not in card.answer.lower()]
         if not wrong:
             return None
         question = claim.question(wrong[0])

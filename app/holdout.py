@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from app import data, training
 from app.adapter import FlatArray, Manifest
 from app.config import RunConfig
 from app.device import place
-from app.model import attach_adapter, load_adapter, load_base, load_tokenizer
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from app.model import adapted_model, load_adapter, load_tokenizer
 
 
 class Holdout:
@@ -20,7 +15,7 @@ class Holdout:
     def __init__(self, config: RunConfig, examples: list[data.Example]) -> None:
         self._config = config
         self._examples = examples
-        self._model: PeftModel | None = None
+        self._placement = place({})
 
     @classmethod
     def load(cls, config: RunConfig) -> Holdout | None:
@@ -43,8 +38,6 @@ class Holdout:
 
     def loss(self, flat: FlatArray, manifest: Manifest) -> float:
         """Mean loss a labelled token, in nats, of the base model with adapter ``flat``."""
-        if self._model is None:
-            base = load_base(self._config.model, place({}))
-            self._model = attach_adapter(base, self._config.model)
-        load_adapter(self._model, flat, manifest)
-        return training.holdout_loss(self._model, self._examples)
+        model = adapted_model(self._config.model, self._placement)
+        load_adapter(model, flat, manifest)
+        return training.holdout_loss(model, self._examples)

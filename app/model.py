@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -77,6 +79,37 @@ def load_base(settings: ModelSettings, placement: Placement) -> PreTrainedModel:
     Raises:
         AppError: if there is no such model or the device cannot hold it as asked.
     """
+    base = _from_warm_process(settings, placement) or _from_files(settings, placement)
+    base.config.use_cache = False
+    if not settings.quantization:
+        base.requires_grad_(False)
+        if settings.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.enable_input_require_grads()
+        return base
+    prepared = prepare_model_for_kbit_training(
+        base,
+        use_gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    return cast(PreTrainedModel, prepared)
+
+
+def _from_warm_process(settings: ModelSettings, placement: Placement) -> PreTrainedModel | None:
+    """The base model that this process was forked with, where the node keeps one warm.
+
+    The provider is found by the name of a module (``supernode/warm/preload.py``): the app imports
+    nothing of the machine it runs on.
+    """
+    warm = sys.modules.get("medfed_warm")
+    if warm is None or placement.device.type != "cpu" or placement.dtype != torch.float32:
+        return None
+    return cast(
+        "PreTrainedModel | None", warm.take(model_source(settings.name), settings.quantization)
+    )
+
+
+def _from_files(settings: ModelSettings, placement: Placement) -> PreTrainedModel:
     quantization = {
         0: None,
         4: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=placement.dtype),
@@ -91,19 +124,17 @@ def load_base(settings: ModelSettings, placement: Placement) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise _not_loadable(settings.name, error) from error
-    base.config.use_cache = False
-    if quantization is None:
-        base.requires_grad_(False)
-        if settings.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-            base.enable_input_require_grads()
-        return base
-    prepared = prepare_model_for_kbit_training(
-        base,
-        use_gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-    )
-    return cast(PreTrainedModel, prepared)
+    return cast(PreTrainedModel, base)
+
+
+@lru_cache(maxsize=1)
+def adapted_model(settings: ModelSettings, placement: Placement) -> PeftModel:
+    """The base model with an adapter on it, loaded once a process.
+
+    A simulated node shares its process with others, and the coordinator measures after each round:
+    whoever uses the model next overwrites the whole adapter, so nothing is left of the last user.
+    """
+    return attach_adapter(load_base(settings, placement), settings)
 
 
 def attach_adapter(base: PreTrainedModel, settings: ModelSettings) -> PeftModel:

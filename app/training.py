@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +193,7 @@ def step_batches(count: int, cards_per_step: int, seed: int) -> Iterator[list[in
 @contextmanager
 def _ready(model: PeftModel, *, training: bool) -> Iterator[PreTrainedModel]:
     """The network inside the adapter's wrapper, set to run on packs; as it was, afterwards."""
-    network: PreTrainedModel = model.get_base_model()
+    network = cast("PreTrainedModel", model.get_base_model())
     _check_head(network)
     mode = model.training
     device = next(model.parameters()).device

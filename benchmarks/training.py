@@ -52,6 +52,8 @@ REFERENCE_MODELS = {
     "SmolLM2-360M-Instruct": "360M",
 }
 
+EVENT = "benchmark: "  # starts each line that a measuring process says to the one that waits
+
 stderr = Console(stderr=True)
 
 
@@ -403,13 +405,13 @@ def measure_apart(job: Job, title: str) -> dict[str, Any]:
 def _events(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
     assert process.stdout is not None  # noqa: S101 - it is a pipe
     for line in process.stdout:
-        if line.startswith("{"):  # libraries print too
-            yield json.loads(line)
+        if line.startswith(EVENT):  # libraries print too
+            yield json.loads(line.removeprefix(EVENT))
 
 
 def _work(text: str) -> None:
     def say(event: dict[str, Any]) -> None:
-        print(json.dumps(event), flush=True)
+        print(f"{EVENT}{json.dumps(event)}", flush=True)
 
     job = Job(**json.loads(text))
     say(measure(job, lambda step, loss: say({"step": step, "loss": loss})))

@@ -105,6 +105,8 @@ def why_one_by_one(subject: Subject) -> str | None:
         return (
             "8-bit arithmetic looks for outliers across a whole batch, so company changes answers"
         )
+    if subject.packed and subject.model.device.type == "cpu":
+        return "bitsandbytes' 4-bit kernel for CPUs rounds to bfloat16, so company changes answers"
     config = subject.model.generation_config
     for name, off in _PLAIN_GREEDY.items():
         value = getattr(config, name, None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +37,14 @@ class Subject:
         tokenizer: the base model's own.
         identity: digest (hex) of all that its answers depend on; part of every journal's key.
         quantization: 0, 4 or 8 bits.
+        packed: whether bitsandbytes' own kernels work on the quantised weights.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     identity: str
     quantization: int
+    packed: bool = False
 
 
 def load_subject(name: str, quantization: int, *, unpack: bool = True) -> Subject:
@@ -52,7 +55,8 @@ def load_subject(name: str, quantization: int, *, unpack: bool = True) -> Subjec
         quantization: 4 and 8 are bitsandbytes with its defaults, as on the leaderboard (4 bits:
             FP4 weights, float32 arithmetic); 0 is float32.
         unpack: hold 4-bit weights as the float32 numbers that they stand for, where memory
-            allows. bitsandbytes would unpack them anew for every forward pass.
+            allows. That is the leaderboard's arithmetic (a GPU unpacks them anew for every
+            forward pass); bitsandbytes' own kernel for newer CPUs computes in bfloat16 instead.
 
     Raises:
         EvaluationError: no such model, an unsupported quantisation, or no device for it.
@@ -84,11 +88,13 @@ def load_subject(name: str, quantization: int, *, unpack: bool = True) -> Subjec
             f"expected a model that can be loaded, found {name!r} ({_first_line(error)})",
             "check the name, or use local/SmolLM2-135M-Instruct-Q4_1 where there is no hub",
         ) from error
+    packed = quantization != 0
     if quantization == 4 and unpack and _fits_in_float32(model, device):
-        model = model.dequantize(dtype=torch.float32)
+        model = _unpacked(model)
+        packed = False
     model.requires_grad_(False)
-    identity = _digest("base", _base_identity(source, model), str(quantization))
-    return Subject(model.eval(), tokenizer, identity, quantization)
+    identity = _digest("base", _base_identity(source, model), f"{quantization} {packed}")
+    return Subject(model.eval(), tokenizer, identity, quantization, packed)
 
 
 def adapter_base(adapter: Path) -> str:
@@ -154,7 +160,18 @@ def with_adapter(
     identity = _digest(
         subject.identity, _file_digest(weights), _file_digest(adapter / ADAPTER_CONFIG)
     )
-    return Subject(model.eval(), subject.tokenizer, identity, subject.quantization)
+    return replace(subject, model=model.eval(), identity=identity)
+
+
+def _unpacked(model: Any) -> Any:
+    """The model with every 4-bit weight as the float32 numbers that it stands for."""
+    logger = logging.getLogger("transformers.integrations.bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns that it does what it is asked to
+    try:
+        return model.dequantize(dtype=torch.float32)
+    finally:
+        logger.setLevel(level)
 
 
 def _fits_in_float32(model: Any, device: torch.device) -> bool:

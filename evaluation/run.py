@@ -38,6 +38,7 @@ class Plan:
         run_name: goes into the names of the files.
         with_base: evaluate the base model beside the adapter.
         any_base: take an adapter whose base model has another name.
+        packed: let bitsandbytes' own kernels work on 4-bit weights (see `load_subject`).
     """
 
     model: str
@@ -50,6 +51,7 @@ class Plan:
     run_name: str
     with_base: bool = True
     any_base: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def evaluate(plan: Plan, on_progress: OnProgress = lambda _: None) -> dict[str, 
         )
         for task in plan.tasks
     }
-    subject = load_subject(plan.model, plan.quantization)
+    subject = load_subject(plan.model, plan.quantization, unpack=not plan.packed)
     base: dict[str, _Sheet] = {}
     tuned: dict[str, _Sheet] = {}
     if plan.adapter is None or plan.with_base:
@@ -197,6 +199,7 @@ def _report(
         "model": plan.model,
         "adapter": None if plan.adapter is None else str(plan.adapter),
         "quantization": plan.quantization,
+        "packed": subject.packed,
         "data": "hub" if plan.data is None else str(plan.data),
         "limit": plan.limit,
         "run_name": plan.run_name,

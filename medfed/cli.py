@@ -16,6 +16,7 @@ from medfed.commands import (
     connect,
     data,
     demo,
+    evaluate,
     federation,
     prepare,
     run,
@@ -39,6 +40,8 @@ app.command("down")(federation.down)
 app.command("connect")(connect.connect)
 app.command("run")(run.run)
 app.command("demo")(demo.demo)
+app.command("evaluate")(evaluate.evaluate)
+app.command("score")(evaluate.score)
 
 
 def main() -> None:

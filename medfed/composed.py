@@ -6,16 +6,27 @@ import os
 import subprocess
 from pathlib import Path
 
-from medfed.handout import HandOutError
-
 _CA_IN_SUPERLINK = "superlink:/medfed/certs/ca.crt"
+
+
+class ComposeError(Exception):
+    """The Compose federation cannot be reached from this machine.
+
+    Args:
+        message: one line: what was expected and what was found.
+        hint: one line: how to fix it.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 def published_address(project: Path) -> str:
     """``HOST:PORT`` at which the running SuperLink is reached from this machine.
 
     Raises:
-        HandOutError: Docker Compose is not there, or the SuperLink does not run.
+        ComposeError: Docker Compose is not there, or the SuperLink does not run.
     """
     return _compose(project, "port", "superlink", "8000")
 
@@ -24,7 +35,7 @@ def fetch_ca(project: Path, place: Path) -> None:
     """Copy the CA's certificate out of the running SuperLink to ``place``.
 
     Raises:
-        HandOutError: Docker Compose is not there, or the SuperLink does not run.
+        ComposeError: Docker Compose is not there, or the SuperLink does not run.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = place.with_name(f".{place.name}.{os.getpid()}")
@@ -41,12 +52,12 @@ def _compose(project: Path, *arguments: str) -> str:
     try:
         done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise HandOutError(
+        raise ComposeError(
             "expected the command docker, found none", "install Docker with its Compose plugin"
         ) from None
     if done.returncode != 0:
         found = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise HandOutError(
+        raise ComposeError(
             f"expected the SuperLink's container to run, found: {found}",
             "docker compose up --detach, in the folder of docker-compose.yml",
         )

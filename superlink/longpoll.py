@@ -63,7 +63,7 @@ _OBJECTS = ("/v1/fleet/push-object", "/v1/runtime/push-object")
 
 class _Parsed(Protocol):
     @classmethod
-    def FromString(cls, data: bytes) -> Any: ...  # noqa: N802, ANN401  (protobuf's)
+    def FromString(cls, data: bytes) -> Any: ...  # noqa: N802  (protobuf's)
 
 
 @dataclass(eq=False)
@@ -264,7 +264,7 @@ def _push_keys(path: str, body: bytes) -> Iterable[Key]:
             yield ("node", message.metadata.dst_node_id)
 
 
-def _parse(kind: type[_Parsed], data: bytes) -> Any:  # noqa: ANN401  (one of six messages)
+def _parse(kind: type[_Parsed], data: bytes) -> Any:
     try:
         return kind.FromString(data)
     except DecodeError:

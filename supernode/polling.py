@@ -258,7 +258,7 @@ def install() -> str:
     _replace(superexec, "register_signal_handlers", _no_signal_handlers)
     start_client = command.start_client_internal
 
-    def start_client_with_superexec(**settings: Any) -> None:  # noqa: ANN401
+    def start_client_with_superexec(**settings: Any) -> None:
         arguments = {
             "runtime_api_address": settings["runtime_api_address"],
             "insecure": settings["runtime_certificates"] is None,

@@ -50,6 +50,9 @@ def evaluate(
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Take an adapter whose base has another name.")
     ] = False,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Compute 4 bits by bitsandbytes' kernels, one by one.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Evaluate a model, with or without an adapter, on the leaderboard's medical benchmarks.
@@ -92,6 +95,7 @@ def evaluate(
         run_name=run_name or (adapter.resolve().name if adapter else Path(name).name),
         with_base=base,
         any_base=any_base,
+        packed=packed,
     )
     with _progress() as on_progress:
         report = run(plan, on_progress)

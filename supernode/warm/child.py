@@ -44,6 +44,21 @@ class Request:
     streams: tuple[int, int, int]
 
 
+@dataclass(frozen=True)
+class Cold:
+    """What a ``flwr-clientapp`` is like that was started cold on this machine.
+
+    Args:
+        programs: the folder it is in.
+        search_path: its ``sys.path``, without that folder and without PYTHONPATH.
+        foreign: modules of the warm process that it would not have.
+    """
+
+    programs: Path
+    search_path: list[str]
+    foreign: list[str]
+
+
 def read_request(connection: socket.socket) -> Request:
     """Read one launcher's request.
 
@@ -82,20 +97,19 @@ def _exactly(connection: socket.socket, length: int) -> str:
     return body.decode("utf-8", "surrogateescape")
 
 
-def run(connection: socket.socket, search_path: list[str], programs: Path) -> None:
+def run(connection: socket.socket, cold: Cold) -> None:
     """Be the ClientApp that ``connection`` asks for. Does not return.
 
     Args:
         connection: to the launcher; answered with ``{"pid": ...}`` or ``{"refused": ...}``.
-        search_path: what a cold ``flwr-clientapp`` would find in ``sys.path``.
-        programs: the folder of the stock ``flwr-clientapp``.
+        cold: what to be like.
     """
     status = 1
     try:
         try:
             connection.settimeout(10.0)
             request = read_request(connection)
-            become(request, search_path, programs)
+            become(request, cold)
             answer = json.dumps({"pid": os.getpid()}).encode() + b"\n"
         except (OSError, ValueError, KeyError, TypeError) as error:
             connection.sendall(json.dumps({"refused": repr(error)}).encode() + b"\n")
@@ -107,7 +121,7 @@ def run(connection: socket.socket, search_path: list[str], programs: Path) -> No
         os._exit(status)
 
 
-def become(request: Request, search_path: list[str], programs: Path) -> None:
+def become(request: Request, cold: Cold) -> None:
     """Take over everything in which a fork differs from a program that was just started."""
     os.setpgid(0, 0)  # a signal to the warm process's group is not meant for this one
     for number in _SIGNALS:
@@ -124,11 +138,15 @@ def become(request: Request, search_path: list[str], programs: Path) -> None:
     os.chdir(request.folder)
 
     extra = [part for part in request.environment.get("PYTHONPATH", "").split(os.pathsep) if part]
-    sys.path[:] = [str(programs), *extra, *search_path]
+    sys.path[:] = [str(cold.programs), *extra, *cold.search_path]
     sys.path_importer_cache.clear()
     importlib.invalidate_caches()
-    sys.argv = [str(programs / PROGRAM), *request.arguments]
-    forget_own_modules(sys.argv[0])
+    sys.argv = [str(cold.programs / PROGRAM), *request.arguments]
+    for name in cold.foreign:
+        sys.modules.pop(name, None)
+    main = ModuleType("__main__")
+    main.__file__ = sys.argv[0]
+    sys.modules["__main__"] = main
 
     # What libraries registered so far is about the warm process, which is not ending.
     atexit._clear()
@@ -138,28 +156,23 @@ def become(request: Request, search_path: list[str], programs: Path) -> None:
     gc.enable()
 
 
-def forget_own_modules(program: str) -> None:
-    """Leave in ``sys.modules`` what a cold start of ``program`` could have: installed libraries.
+def foreign_modules() -> list[str]:
+    """What is imported and is not an installed library, by name.
 
     An app may have modules of the same names as this repository's, or as others that the warm
     process came across, and must get its own.
     """
-    main = ModuleType("__main__")
-    main.__file__ = program
-    sys.modules["__main__"] = main
     prefixes = {sys.prefix, sys.base_prefix, os.path.realpath(sys.base_prefix)}
     installed = tuple(prefix + os.sep for prefix in prefixes)
-    for name, module in list(sys.modules.items()):
-        place = _place(module)
-        if place is not None and not place.startswith(installed):
-            del sys.modules[name]
+    places = {name: _place(module) for name, module in sys.modules.items()}
+    return [name for name, place in places.items() if place and not place.startswith(installed)]
 
 
 def _place(module: ModuleType) -> str | None:
     """Where a module was loaded from; ``None`` for one that is in no file."""
     file = getattr(module, "__file__", None)
     if isinstance(file, str):
-        return None if module is sys.modules["__main__"] else file
+        return file if Path(file).is_absolute() else None  # torch.ops says "_ops.py"
     locations = getattr(getattr(module, "__spec__", None), "submodule_search_locations", None)
     return str(next(iter(locations))) if locations else None
 

@@ -144,11 +144,11 @@ class Registry(ModuleType):
         self._models[_key(wanted.source), wanted.quantization] = _Ready(model, files)
         self._tokenizers[_key(wanted.source)] = _Ready(tokenizer, files)
 
-    def take(self, source: str, quantization: int = 0) -> Any:  # noqa: ANN401  (a PreTrainedModel)
+    def take(self, source: str, quantization: int = 0) -> Any:
         """Give away the model loaded from ``source``, or ``None``."""
         return _unchanged(source, self._models.pop((_key(source), quantization), None))
 
-    def take_tokenizer(self, source: str) -> Any:  # noqa: ANN401
+    def take_tokenizer(self, source: str) -> Any:
         """Give away the tokenizer loaded from ``source``, or ``None``."""
         return _unchanged(source, self._tokenizers.pop(_key(source), None))
 
@@ -162,7 +162,7 @@ def _key(source: str) -> str:
     return str(Path(source).resolve()) if source.startswith("/") else source
 
 
-def _unchanged(source: str, ready: _Ready | None) -> Any:  # noqa: ANN401
+def _unchanged(source: str, ready: _Ready | None) -> Any:
     if ready is None or ready.files != fingerprint(source):
         return None
     return ready.model

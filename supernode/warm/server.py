@@ -39,12 +39,11 @@ class WarmServer:
 
     Args:
         path: where the socket is to be; its folder is created, mode 0700.
-        search_path: ``sys.path`` of a cold ``flwr-clientapp``.
-        programs: the folder of the stock ``flwr-clientapp``.
+        cold: what its children are to be like.
     """
 
-    def __init__(self, path: Path, search_path: list[str], programs: Path) -> None:
-        self._path, self._search_path, self._programs = path, search_path, programs
+    def __init__(self, path: Path, cold: child.Cold) -> None:
+        self._path, self._cold = path, cold
         self._running: dict[int, _Running] = {}  # by process id
         self._pids: dict[int, int] = {}  # by the connection's descriptor, while it is watched
         self._stopping = False
@@ -90,7 +89,7 @@ class WarmServer:
         pid = os.fork()
         if pid == 0:
             self._forget_in_child()
-            child.run(connection, self._search_path, self._programs)
+            child.run(connection, self._cold)
         self._running[pid] = _Running(connection, time.monotonic())
         self._pids[connection.fileno()] = pid
         # Only its end is of interest: what the launcher writes is for the child to read.
@@ -176,6 +175,7 @@ def run(path: Path, models: list[ModelSource], imports: tuple[str, ...] = IMPORT
     started = time.monotonic()
     search_path = cold_search_path()
     preload(imports, models)
-    server = WarmServer(path, search_path, Path(sys.executable).parent)
+    cold = child.Cold(Path(sys.executable).parent, search_path, child.foreign_modules())
+    server = WarmServer(path, cold)
     log.info("ready after %.1f s at %s", time.monotonic() - started, path)
     server.serve()

@@ -248,7 +248,11 @@ def test_docker_compose_up_ends_its_demo_on_the_real_weights_with_20_healthy(
     assert losses, log
     print(f"demo on the real weights: {seconds:.0f} s, {losses[0]}")
     assert float(losses[2]) < float(losses[1])
-    assert set(project.health().values()) == {"healthy"}
+    until(
+        lambda: set(project.health().values()) == {"healthy"},
+        120,
+        lambda: f"not healthy after the run: {project.health()}",
+    )
     again = project.compose("up", "--no-log-prefix", "demo", timeout=120)
     assert "ended well before" in again.stdout, "a second `docker compose up` trains nothing"
 

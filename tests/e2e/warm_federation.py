@@ -72,7 +72,7 @@ app = ServerApp()
 def main(grid, context):
     config = context.run_config
     while len(nodes := list(grid.get_nodes())) < int(config["sample"]):
-        time.sleep(0.2)
+        time.sleep(0.5)
     draw = random.Random(1)
     rounds = []
     array = Array(np.zeros(int(config["values"]), dtype=np.float32))
@@ -293,7 +293,7 @@ class Federation:
             run_id = control.start_run(build_fab_from_disk(app), {"out": str(out), **config})
             end = time.monotonic() + timeout
             while not (run := control.run(run_id)).finished and time.monotonic() < end:
-                time.sleep(0.2)
+                time.sleep(0.5)
             if run.status != "completed":
                 text = "".join(control.logs(run_id)) if run.finished else "not finished"
                 raise AssertionError(f"the run is {run.status}: {run.details}\n{text}")
@@ -355,7 +355,14 @@ def hops(rounds: list[dict[str, Any]]) -> dict[str, float]:
     back = [max(r["arrived"] - r["left"] for r in x["replies"]) for x in rounds]
     whole = [x["ended"] - x["began"] for x in rounds]
     over = [w - i for w, i in zip(whole, inside, strict=True)]
-    legs = {"process": start, "there": there, "inside": inside, "back": back, "round": whole, "overhead": over}
+    legs = {
+        "process": start,
+        "there": there,
+        "inside": inside,
+        "back": back,
+        "round": whole,
+        "overhead": over,
+    }
     return {leg: round(statistics.median(values), 3) for leg, values in legs.items()}
 
 

@@ -37,7 +37,7 @@ def verbs(command=None, path=()):
             yield " ".join((*path, name))
 
 
-@pytest.mark.parametrize(("key", "expected"), settings())
+@pytest.mark.parametrize(("key", "expected"), list(settings()))
 def test_every_setting_is_documented_with_default_and_range(key, expected):
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     default = flatten_dict(config)[key]
@@ -45,7 +45,7 @@ def test_every_setting_is_documented_with_default_and_range(key, expected):
     assert f"| `{key}` | `{shown}` | {expected} |" in REFERENCE
 
 
-@pytest.mark.parametrize("verb", verbs())
+@pytest.mark.parametrize("verb", list(verbs()))
 def test_every_verb_is_documented(verb):
     assert f"`medfed {verb}" in REFERENCE
 

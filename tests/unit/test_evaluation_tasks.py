@@ -123,8 +123,8 @@ def test_benchmarks_are_listed_once_each_in_the_order_given():
 
 def test_training_formats_use_the_benchmarks_own_words():
     """Two copies on purpose: what a researcher changes in the app must not change the measure."""
-    assert formats.STATEMENT == TASKS["pubmedqa"].instruction
-    assert formats.LICENSING_EXAM == TASKS["medqa"].instruction
+    assert TASKS["pubmedqa"].instruction == formats.STATEMENT
+    assert TASKS["medqa"].instruction == formats.LICENSING_EXAM
     assert formats.ENTRANCE_EXAM == TASKS["medmcqa"].instruction == TASKS["careqa"].instruction
     assert formats.wrapped("prompt") == wrap("prompt")
 

@@ -1,0 +1,151 @@
+"""Our evaluation against the straightforward one: same questions, same model, prompt by prompt.
+
+    python -m benchmarks.evaluation --model local/SmolLM2-135M-Instruct-Q4_1 --data DIR --json
+
+Both answer the first ``--limit`` questions of each benchmark. The loop is the leaderboard's: encode,
+``generate``, decode, one prompt at a time. With 4 bits there are two of it: one with the unpacked
+weights (``float32``, the leaderboard's arithmetic on a GPU, and ours), one with bitsandbytes' own
+kernels (``packed``), which on a CPU with AVX512-BF16 compute in bfloat16, so that its answers may
+differ where two tokens are nearly equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.catalogue import tasks
+from evaluation.generate import Answer, Engine, Request, one_by_one
+from evaluation.model import Subject, load_subject
+from evaluation.run import requests_for
+from evaluation.sources import rows_of
+from evaluation.task import Task
+
+
+def main() -> None:
+    """Measure and print."""
+    options = _options()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    fast = load_subject(options.model, options.quantization)
+    loops = {"float32" if options.quantization != 8 else "8-bit": fast}
+    if options.quantization == 4:
+        loops["packed"] = load_subject(options.model, 4, unpack=False)
+    wanted = {name: loops[name] for name in options.loops.split(",") if name in loops}
+    rows = [
+        _compare(task, fast, wanted, options.data, options.limit)
+        for task in tasks(options.benchmarks)
+    ]
+    report = {
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "model": options.model,
+        "quantization": options.quantization,
+        "benchmarks": rows,
+        "total": _total(rows, list(wanted)),
+    }
+    if options.json:
+        print(json.dumps(report))
+        return
+    for row in [*rows, report["total"]]:
+        for name, loop in row["loops"].items():
+            print(
+                f"{row['benchmark']}: n {row['n']}, ours {row['seconds']:.1f} s, {name} loop "
+                f"{loop['seconds']:.1f} s: {loop['ratio']:.2f}x (CPU time {loop['cpu_ratio']:.2f}x), "
+                f"{loop['same']} of {row['n']} answers the same"
+            )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="local/SmolLM2-135M-Instruct-Q4_1")
+    parser.add_argument("--data", type=Path, required=True, help="folder of BENCHMARK*.jsonl")
+    parser.add_argument("--benchmarks", default="pubmedqa,medmcqa,medqa")
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--quantization", type=int, default=4)
+    parser.add_argument("--loops", default="float32,packed", help="which loops to compare with")
+    parser.add_argument("--threads", type=int, default=0, help="default: torch's own choice")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def _compare(
+    task: Task, fast: Subject, loops: dict[str, Subject], data: Path, limit: int
+) -> dict[str, Any]:
+    questions = task.questions(rows_of(task, data), from_hub=False, limit=limit)
+    requests = requests_for(questions, fast.tokenizer)
+    # A first answer each, so that neither side pays for what happens once.
+    warm = requests[:1]
+    for subject in (fast, *loops.values()):
+        one_by_one(subject, warm[0])
+    answers, seconds, cpu = _timed(lambda: _all(task, fast, requests))
+    row: dict[str, Any] = {
+        "benchmark": task.name,
+        "n": len(requests),
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "decided_alone": sum(answer.alone for answer in answers),
+        "loops": {},
+    }
+    for name, subject in loops.items():
+        said, loop_seconds, loop_cpu = _timed(
+            lambda s=subject: [one_by_one(s, r) for r in requests]
+        )
+        row["loops"][name] = {
+            "seconds": loop_seconds,
+            "cpu_seconds": loop_cpu,
+            "ratio": loop_seconds / seconds,
+            "cpu_ratio": loop_cpu / cpu,
+            "same": sum(a.output == b for a, b in zip(answers, said, strict=True)),
+        }
+        print(f"{task.name}: {name} loop done", file=sys.stderr)
+    return row
+
+
+def _all(task: Task, subject: Subject, requests: list[Request]) -> list[Answer]:
+    found: dict[int, Answer] = {}
+    for batch in Engine(subject, task.answers).answers(requests):
+        found |= batch
+    return [found[n] for n in range(len(requests))]
+
+
+def _timed(work: Callable[[], list[Any]]) -> tuple[list[Any], float, float]:
+    """What ``work`` returns, its wall-clock and its CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    return result, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _total(rows: list[dict[str, Any]], loops: list[str]) -> dict[str, Any]:
+    seconds = sum(row["seconds"] for row in rows)
+    cpu = sum(row["cpu_seconds"] for row in rows)
+    total: dict[str, Any] = {
+        "benchmark": "all",
+        "n": sum(row["n"] for row in rows),
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "loops": {},
+    }
+    for name in loops:
+        loop_seconds = sum(row["loops"][name]["seconds"] for row in rows)
+        loop_cpu = sum(row["loops"][name]["cpu_seconds"] for row in rows)
+        total["loops"][name] = {
+            "seconds": loop_seconds,
+            "cpu_seconds": loop_cpu,
+            "ratio": loop_seconds / seconds,
+            "cpu_ratio": loop_cpu / cpu,
+            "same": sum(row["loops"][name]["same"] for row in rows),
+        }
+    return total
+
+
+if __name__ == "__main__":
+    main()

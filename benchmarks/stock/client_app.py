@@ -1,0 +1,50 @@
+"""Train as the template does: load the model, take the state dict, train, send it back."""
+
+from __future__ import annotations
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+from app import data, training
+from app.config import RunConfig
+from app.device import place
+from app.model import attach_adapter, load_base, load_tokenizer
+from app.seeds import derive
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One round at one institution."""
+    config = RunConfig.parse(context.run_config)
+    partition_id = int(context.node_config["partition-id"])
+    server_round = int(str(message.content.config_records["config"]["server-round"]))
+    cards = data.load_partition(context.node_config, config.dataset_name)
+    tokenizer = load_tokenizer(config.model.name)
+    examples = data.tokenize(cards, tokenizer, config.train.seq_length)
+    model = attach_adapter(load_base(config.model, place(context.node_config)), config.model)
+    received = message.content.array_records["arrays"].to_torch_state_dict()
+    set_peft_model_state_dict(model, received)
+    with torch.enable_grad():
+        result = training.train(
+            model,
+            examples,
+            steps=config.train.max_steps,
+            batch_size=config.train.batch_size,
+            gradient_accumulation=config.train.gradient_accumulation_steps,
+            learning_rate=config.train.learning_rate(server_round, config.num_rounds),
+            order_seed=derive(config.train.seed, "order", partition_id, server_round),
+            dropout_seed=derive(config.train.seed, "dropout", partition_id, server_round),
+        )
+    metrics = MetricRecord(
+        {
+            "train-loss": result.loss,
+            "train-seconds": result.seconds,
+            "num-examples": len(examples),
+        }
+    )
+    arrays = ArrayRecord(get_peft_model_state_dict(model))
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
