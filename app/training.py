@@ -42,7 +42,7 @@ ADAM_EPSILON = 1e-8
 WEIGHT_DECAY = 0.0
 
 # Tokens in one forward pass: enough to fill the device's matrix units, and no more memory.
-MICRO_BATCH_TOKENS = {"cpu": 384, "cuda": 2048}
+MICRO_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 
 # Rows of logits alive at once; a row of SmolLM2's vocabulary is 192 KiB.
 LOGIT_ROWS = {"cpu": 64, "cuda": 512}

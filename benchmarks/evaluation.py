@@ -2,11 +2,11 @@
 
     python -m benchmarks.evaluation --model local/SmolLM2-135M-Instruct-Q4_1 --data DIR --json
 
-Both answer the first ``--limit`` questions of each benchmark. The loop is the leaderboard's: encode,
-``generate``, decode, one prompt at a time. With 4 bits there are two of it: one with the unpacked
-weights (``float32``, the leaderboard's arithmetic on a GPU, and ours), one with bitsandbytes' own
-kernels (``packed``), which on a CPU with AVX512-BF16 compute in bfloat16, so that its answers may
-differ where two tokens are nearly equal.
+Both answer the first ``--limit`` questions of each benchmark. The loop is the leaderboard's:
+encode, ``generate``, decode, one prompt at a time. With 4 bits there are two of it: one with the
+unpacked weights (``float32``, the leaderboard's arithmetic on a GPU, and ours), one with
+bitsandbytes' own kernels (``packed``), which on a CPU with AVX512-BF16 compute in bfloat16, so that
+its answers may differ where two tokens are nearly equal.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def main() -> None:
         for task in tasks(options.benchmarks)
     ]
     report = {
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "model": options.model,
         "quantization": options.quantization,
@@ -59,7 +61,8 @@ def main() -> None:
         for name, loop in row["loops"].items():
             print(
                 f"{row['benchmark']}: n {row['n']}, ours {row['seconds']:.1f} s, {name} loop "
-                f"{loop['seconds']:.1f} s: {loop['ratio']:.2f}x (CPU time {loop['cpu_ratio']:.2f}x), "
+                f"{loop['seconds']:.1f} s: {loop['ratio']:.2f}x "
+                f"(CPU time {loop['cpu_ratio']:.2f}x), "
                 f"{loop['same']} of {row['n']} answers the same"
             )
 
@@ -86,7 +89,7 @@ def _compare(
     warm = requests[:1]
     for subject in (fast, *loops.values()):
         one_by_one(subject, warm[0])
-    answers, seconds, cpu = _timed(lambda: _all(task, fast, requests))
+    answers, seconds, cpu = _timed(partial(_all, task, fast, requests))
     row: dict[str, Any] = {
         "benchmark": task.name,
         "n": len(requests),
@@ -96,9 +99,7 @@ def _compare(
         "loops": {},
     }
     for name, subject in loops.items():
-        said, loop_seconds, loop_cpu = _timed(
-            lambda s=subject: [one_by_one(s, r) for r in requests]
-        )
+        said, loop_seconds, loop_cpu = _timed(partial(_one_by_one, subject, requests))
         row["loops"][name] = {
             "seconds": loop_seconds,
             "cpu_seconds": loop_cpu,
@@ -115,6 +116,10 @@ def _all(task: Task, subject: Subject, requests: list[Request]) -> list[Answer]:
     for batch in Engine(subject, task.answers).answers(requests):
         found |= batch
     return [found[n] for n in range(len(requests))]
+
+
+def _one_by_one(subject: Subject, requests: list[Request]) -> list[str]:
+    return [one_by_one(subject, request) for request in requests]
 
 
 def _timed(work: Callable[[], list[Any]]) -> tuple[list[Any], float, float]:

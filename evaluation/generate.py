@@ -31,12 +31,13 @@ from evaluation.task import wrap
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Logits of a batch differ from those of a lone prompt by rounding, in float32 by some 1e-5 to 1e-4
+# Logits of a batch differ from those of a lone prompt by rounding, in float32 by some 2e-5
 # (docs/evaluation.md has the measurement). A choice decided by less than this is made alone.
 NEAR_TIE = 2e-3
 
-# Tokens in one forward pass. A CPU's matrices are full at some hundreds; a GPU wants more.
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+# Tokens in one forward pass. A CPU's matrices are full at some hundreds, and what outgrows its
+# caches costs more than it saves; a GPU wants more.
+BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 
 # Settings of a model's generation config under which greedy search takes another token than the
 # one with the highest logit, with the value that means "off".

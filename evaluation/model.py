@@ -92,6 +92,10 @@ def load_subject(name: str, quantization: int, *, unpack: bool = True) -> Subjec
     if quantization == 4 and unpack and _fits_in_float32(model, device):
         model = _unpacked(model)
         packed = False
+    # The last positions of a batch are a strided view, which torch would multiply row by row.
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: inputs[0].contiguous()
+    )
     model.requires_grad_(False)
     identity = _digest("base", _base_identity(source, model), f"{quantization} {packed}")
     return Subject(model.eval(), tokenizer, identity, quantization, packed)

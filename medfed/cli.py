@@ -24,7 +24,7 @@ from medfed.commands import (
 
 app = typer.Typer(
     name="medfed",
-    help="A federation of hospitals that fine-tunes a language model; their data never leaves them.",
+    help="A federation of hospitals that fine-tunes a language model; their data stays with them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

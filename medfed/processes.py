@@ -25,17 +25,22 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 import certs
+from embedded import model as embedded_model
 from medfed.paths import Home
 from superlink import health
 from superlink.preflight import check_port_is_free
 from supernode.preflight import check_partition_folder
 from supernode.roster import DEFAULT_ROSTER, Roster, SuperNodeEntry
+from supernode.warm import supervisor
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from superlink.control import Node
+
 HOST = "127.0.0.1"
 SUPERLINK = "superlink"
+WARM = "warm"
 _SUPERLINK_DEADLINE_S = 60.0
 _STOP_S = 15.0
 _POLL_S = 0.25
@@ -102,6 +107,7 @@ class Federation:
     port: int
     superlink: Process
     supernodes: tuple[Process, ...]
+    warm: Process | None = None
 
     @property
     def address(self) -> str:
@@ -111,7 +117,8 @@ class Federation:
     @property
     def processes(self) -> tuple[Process, ...]:
         """All of them, the SuperLink first."""
-        return (self.superlink, *self.supernodes)
+        warm = () if self.warm is None else (self.warm,)
+        return (self.superlink, *warm, *self.supernodes)
 
 
 @dataclass(frozen=True)
@@ -119,10 +126,10 @@ class Status:
     """One process as ``medfed status`` shows it.
 
     Args:
-        name: "superlink" or the SuperNode's name.
+        name: "superlink", "warm" (ClientApps are forked from it) or the SuperNode's name.
         pid: its process id.
         alive: whether the process runs.
-        online: whether it answers (SuperLink), or whether the SuperLink sees it (SuperNode).
+        online: whether it answers, or, for a SuperNode, whether the SuperLink sees it.
         pss: bytes of memory of it and its children, shared pages divided; None if not visible.
         last_seen: last heartbeat at the SuperLink, UTC; None for the SuperLink itself.
         log: where its output goes.
@@ -166,6 +173,7 @@ def load(home: Home) -> Federation | None:
             port=int(content["port"]),
             superlink=Process(**content["superlink"]),
             supernodes=tuple(Process(**entry) for entry in content["supernodes"]),
+            warm=Process(**content["warm"]) if content.get("warm") else None,
         )
     except FileNotFoundError:
         return None
@@ -232,9 +240,14 @@ def up(
                 started.append(superlink)
                 _save(home, Federation(port, superlink, ()))
                 _wait_for_superlink(home, superlink, progress)
-            federation = Federation(port, superlink, running.supernodes if running else ())
+            warm = running.warm if running else None
+            if warm is None:
+                warm = start.warm()
+                started.append(warm)
+            federation = Federation(port, superlink, running.supernodes if running else (), warm)
             federation, new = _start_supernodes(home, federation, entries, start, started, progress)
             _wait_online(home, federation, deadline_s, progress)
+            _wait_until_warm(home, warm, deadline_s, progress)
         except BaseException:
             _end(list(reversed(started)))
             if running is not None and recorded is not None:
@@ -310,7 +323,7 @@ def status(home: Home) -> list[Status]:
     federation = load(home)
     if federation is None:
         return []
-    from superlink.control import Control, Node
+    from superlink.control import Control
 
     answers = health.problem(HOST, federation.port, home.certs / "ca.crt") is None
     nodes: dict[str, Node] = {}
@@ -326,13 +339,21 @@ def status(home: Home) -> list[Status]:
                 name=process.name,
                 pid=process.pid,
                 alive=running is not None,
-                online=answers if process.name == SUPERLINK else bool(node and node.online),
+                online=_is_online(process, answers, node, home),
                 pss=None if running is None else _pss(running),
                 last_seen=node.last_seen if node else None,
                 log=process.log,
             )
         )
     return found
+
+
+def _is_online(process: Process, superlink_answers: bool, node: Node | None, home: Home) -> bool:
+    if process.name == SUPERLINK:
+        return superlink_answers
+    if process.name == WARM:
+        return supervisor.is_ready(_warm_socket(home))
+    return node is not None and node.online
 
 
 @contextlib.contextmanager
@@ -369,8 +390,9 @@ def _still_running(home: Home, port: int) -> tuple[Federation | None, Federation
     if federation is None:
         return None, None
     alive = tuple(process for process in federation.supernodes if process.find() is not None)
+    warm = federation.warm if federation.warm and federation.warm.find() else None
     if federation.superlink.find() is None:
-        _end(alive)
+        _end(alive if warm is None else (*alive, warm))
         home.federation.unlink(missing_ok=True)
         return None, federation
     if federation.port != port:
@@ -378,7 +400,7 @@ def _still_running(home: Home, port: int) -> tuple[Federation | None, Federation
             f"expected the SuperLink on port {port}, found it running on port {federation.port}",
             "`medfed down` first",
         )
-    return replace(federation, supernodes=alive), federation
+    return replace(federation, supernodes=alive, warm=warm), federation
 
 
 class _Start:
@@ -416,8 +438,20 @@ class _Start:
             *("--roster", str(self._roster), "--runtime-port", str(runtime_port)),
             *(["--gpu"] if self._use_gpu else []),
         ]
-        variables = {"FLWR_HOME": str(folder / "flwr")}
+        variables = {
+            "FLWR_HOME": str(folder / "flwr"),
+            "MEDFED_WARM_SOCKET": str(_warm_socket(self._home)),
+        }
         return self._start(entry.name, command, variables, folder / "supernode.log", runtime_port)
+
+    def warm(self) -> Process:
+        """Start the one warm process that serves all SuperNodes of this machine."""
+        folder = self._home.supernodes
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["supernode.warm", "serve", "--socket", str(_warm_socket(self._home))]
+        if (self._home.models / embedded_model.NAME).is_dir():
+            command += ["--model", f"local/{embedded_model.NAME}"]
+        return self._start(WARM, command, {"CUDA_VISIBLE_DEVICES": ""}, folder / "warm.log", 0)
 
     def _start(
         self, name: str, command: list[str], variables: dict[str, str], log: Path, port: int
@@ -489,7 +523,7 @@ def _start_supernodes(
 
 def _wait_online(home: Home, federation: Federation, deadline_s: float, progress: Progress) -> None:
     """Wait for all SuperNodes; a process that ends, or the deadline, is an error with its log."""
-    from superlink.control import Control, Node
+    from superlink.control import Control
     from superlink.errors import SuperLinkError
 
     processes = {process.name: process for process in federation.supernodes}
@@ -511,6 +545,26 @@ def _wait_online(home: Home, federation: Federation, deadline_s: float, progress
                 str(error),
                 "; ".join(f"{name}: {last_line(Path(processes[name].log))}" for name in missing),
             ) from None
+
+
+def _wait_until_warm(home: Home, warm: Process, deadline_s: float, progress: Progress) -> None:
+    """Wait until ClientApps can be forked; without it each message would start cold."""
+    end = time.monotonic() + deadline_s
+    progress("warming ClientApps", 0, 1)
+    while not supervisor.is_ready(_warm_socket(home)):
+        _must_run(warm)
+        if time.monotonic() >= end:
+            raise FederationError(
+                f"expected the warm process to be ready within {deadline_s:.0f} s, "
+                f"found: {last_line(Path(warm.log))}",
+                f"its log: {warm.log}",
+            )
+        time.sleep(_POLL_S)
+    progress("warming ClientApps", 1, 1)
+
+
+def _warm_socket(home: Home) -> Path:
+    return home.supernodes / "warm.socket"
 
 
 def _must_run(process: Process) -> None:

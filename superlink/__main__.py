@@ -54,10 +54,10 @@ def main(argv: list[str]) -> int:
         return 1
 
     os.environ.update(environment(settings, os.environ, Path(sys.executable).parent))
-    from flwr.superlink.cli.flower_superlink import flower_superlink
+    from .longpoll import run_superlink
 
     sys.argv = arguments(settings)
-    flower_superlink()
+    run_superlink()
     return 0
 
 

@@ -1,15 +1,17 @@
 """Hold a question open until there is an answer. The only file here that reaches into Flower.
 
-A SuperNode asks the SuperLink for messages, and a ServerApp asks it for replies. Stock Flower 1.41
-answers "nothing yet" at once, so both sides choose between late (3 s polls) and expensive (each
-poll costs a signature, its check and an SQL transaction). This middleware keeps such an answer back
-until a message for that node, or a reply to one of those messages, has arrived *with all its
-objects*, or ``hold`` seconds have passed. Twenty nodes at rest then ask once every 20 s, and a
-sampled one hears of its message within milliseconds.
+A SuperNode asks the SuperLink for messages, a ServerApp for replies, SuperExec for runs to start.
+Stock Flower 1.41 answers "nothing yet" at once, so all of them choose between late (3 s polls) and
+expensive (each poll costs a signature, its check and an SQL transaction). This middleware keeps
+such an answer back until a message for that node, or a reply to one of those messages, has arrived
+*with all its objects*, or some seconds have passed. Twenty nodes at rest then ask once every 20 s,
+and a sampled one hears of its message within milliseconds.
 
 The second thing it does: while a message's objects are still being uploaded, nobody is told of
 the message. Stock Flower hands it out at once, and whoever asks for a missing object waits a full
 second before asking again.
+
+The third: requests reach Flower one at a time, because its database has a single writer.
 
 A question is always answered by Flower itself, authentication included, before it is held and
 again when there is news. Nothing is held that Flower did not answer with an authenticated "nothing
@@ -37,6 +39,7 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.runtime_pb2 import (
+    AcquireTaskResponse,
     PullAppMessagesRequest,
     PullAppMessagesResponse,
     PushAppMessagesRequest,
@@ -50,20 +53,44 @@ Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 Application = Callable[[Event, Receive, Send], Awaitable[None]]
-Key = tuple[str, int | str]  # ("node", id): its messages; ("reply", id): replies to that message
+# ("node", id): its messages; ("reply", id): replies to that message; ("task", ""): runs to start
+Key = tuple[str, int | str]
 
 HOLD_FLEET_S = 20.0  # under the client's 30 s and a gateway's usual 60 s
 HOLD_RUNTIME_S = 5.0  # Flower notices a lost node only when it is asked
+HOLD_TASK_S = 10.0  # a SuperLink that is stopped sends its SuperExec nothing any more
 SETTLE_S = 10.0  # an upload that takes longer no longer hides its message
 MOST_HELD = 1000
-_PULLS = ("/v1/fleet/pull-messages", "/v1/runtime/pull-messages")
+_PULLS = ("/v1/fleet/pull-messages", "/v1/runtime/pull-messages", "/v1/runtime/acquire-task")
+_TASKS = ("/v1/control/start-run", "/v1/runtime/create-task")
 _PUSHES = ("/v1/fleet/push-messages", "/v1/runtime/push-messages")
+_TASK: Key = ("task", "")
 _OBJECTS = ("/v1/fleet/push-object", "/v1/runtime/push-object")
+# Everything else that is short, asked often and answered from the database.
+_OTHERS = (
+    "/v1/fleet/activate-node",
+    "/v1/fleet/confirm-message-received",
+    "/v1/fleet/deactivate-node",
+    "/v1/fleet/get-fab",
+    "/v1/fleet/get-run",
+    "/v1/fleet/pull-object",
+    "/v1/fleet/send-node-heartbeat",
+    "/v1/runtime/confirm-message-received",
+    "/v1/runtime/get-nodes",
+    "/v1/runtime/pull-object",
+    "/v1/runtime/push-logs",
+    "/v1/runtime/send-task-heartbeat",
+)
 
 
 class _Parsed(Protocol):
     @classmethod
     def FromString(cls, data: bytes) -> Any: ...  # noqa: N802  (protobuf's)
+
+
+_ANSWERS: dict[str, type[_Parsed]] = dict(
+    zip(_PULLS, (PullMessagesResponse, PullAppMessagesResponse, AcquireTaskResponse), strict=True)
+)
 
 
 @dataclass(eq=False)
@@ -101,6 +128,8 @@ class Board:
 
     def finish(self, upload: Upload) -> None:
         """The messages of an upload are complete (or given up): tell who waits for them."""
+        if upload.done.is_set():
+            return
         self.uploads.discard(upload)
         upload.done.set()
         for question in self.questions:
@@ -137,6 +166,7 @@ class LongPoll:
         app: the application.
         fleet_s: seconds for which a SuperNode's question is held.
         runtime_s: seconds for which a ServerApp's question is held.
+        task_s: seconds for which SuperExec's question is held.
         settle_s: seconds for which a half-uploaded message is kept back.
     """
 
@@ -145,11 +175,13 @@ class LongPoll:
         app: Application,
         fleet_s: float = HOLD_FLEET_S,
         runtime_s: float = HOLD_RUNTIME_S,
+        task_s: float = HOLD_TASK_S,
         settle_s: float = SETTLE_S,
     ) -> None:
         self._app = app
-        self._hold = dict(zip(_PULLS, (fleet_s, runtime_s), strict=True))
+        self._hold = dict(zip(_PULLS, (fleet_s, runtime_s, task_s), strict=True))
         self._settle_s = settle_s
+        self._turn = asyncio.Lock()
         self.board = Board()
 
     async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
@@ -163,35 +195,67 @@ class LongPoll:
             await self._push(path, scope, receive, send)
         elif path in _OBJECTS:
             await self._object(scope, receive, send)
+        elif path in _OTHERS:
+            if (body := await _body(receive)) is not None:
+                await _send(await self._ask(scope, body), send)
         else:
             await self._app(scope, receive, send)
+            if path in _TASKS:
+                self.board.finish(Upload(frozenset({_TASK})))
+
+    async def _ask(self, scope: Event, body: bytes) -> list[Event]:
+        """Let Flower answer a request that has been read; its answer, not yet sent.
+
+        One at a time: every request writes to SQLite, which has one writer, and whoever finds it
+        taken sleeps for up to 0.1 s although it is free again after a millisecond or two. Reading
+        and sending is not part of the turn, so no slow client holds up the others.
+        """
+        events: list[Event] = []
+        asked = False
+
+        async def receive() -> Event:
+            nonlocal asked
+            if asked:  # the client is ours to watch: let the application finish
+                await asyncio.Event().wait()
+            asked = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(event: Event) -> None:
+            events.append(event)
+
+        # A copy: the application writes into the scope's state, and may be asked twice.
+        copied = {**scope, "state": dict(scope.get("state", {}))}
+        async with self._turn:
+            await self._app(copied, receive, send)
+        return events
 
     async def _pull(self, path: str, scope: Event, receive: Receive, send: Send) -> None:
-        body = await _body(receive)
+        if (body := await _body(receive)) is None:
+            return
         keys = frozenset(_pull_keys(path, body))
         question = Question(keys)
         self.board.questions.add(question)
         try:
             await self.board.settled(keys, self._settle_s)
-            answer = await _ask(self._app, scope, body)
+            answer = await self._ask(scope, body)
             if keys and self._may_wait(path, answer):
                 self.board.supersede(question)
                 if await self._news(question, self._hold[path], receive):
                     await self.board.settled(keys, self._settle_s)
-                    answer = await _ask(self._app, scope, body)
+                    answer = await self._ask(scope, body)
         finally:
             self.board.questions.discard(question)
-        for event in answer:
-            await send(event)
+        await _send(answer, send)
 
     def _may_wait(self, path: str, answer: list[Event]) -> bool:
         if self.board.closing or len(self.board.questions) > MOST_HELD:
             return False
         if answer[0].get("status") != 200:
             return False
-        kind: type[_Parsed] = PullMessagesResponse if "fleet" in path else PullAppMessagesResponse
+        kind = _ANSWERS[path]
         response = _parse(kind, b"".join(event.get("body", b"") for event in answer))
-        return response is not None and not response.messages_list
+        # Nothing was found if it says nothing: every one of these is empty then.
+        return response is not None and not response.ListFields()
 
     async def _news(self, question: Question, patience: float, receive: Receive) -> bool:
         """Wait; whether it is worth asking Flower again.
@@ -209,11 +273,12 @@ class LongPoll:
             await asyncio.gather(news, gone, return_exceptions=True)
 
     async def _push(self, path: str, scope: Event, receive: Receive, send: Send) -> None:
-        body = await _body(receive)
+        if (body := await _body(receive)) is None:
+            return
         upload = Upload(frozenset(_push_keys(path, body)))
         self.board.uploads.add(upload)
         try:
-            answer = await _ask(self._app, scope, body)
+            answer = await self._ask(scope, body)
         except BaseException:
             self.board.finish(upload)
             raise
@@ -226,27 +291,21 @@ class LongPoll:
             asyncio.get_running_loop().call_later(self._settle_s, self.board.finish, upload)
         else:
             self.board.finish(upload)
-        for event in answer:
-            await send(event)
+        await _send(answer, send)
 
     async def _object(self, scope: Event, receive: Receive, send: Send) -> None:
-        if not self.board.uploads:
-            await self._app(scope, receive, send)
+        if (body := await _body(receive)) is None:
             return
-        parts: list[bytes] = []
-
-        async def listen() -> Event:
-            event = await receive()
-            parts.append(event.get("body", b""))
-            return event
-
-        await self._app(scope, listen, send)
-        request = _parse(PushObjectRequest, b"".join(parts))
+        answer = await self._ask(scope, body)
+        request = _parse(PushObjectRequest, body) if self.board.uploads else None
         if request is not None:
             self.board.stored(request.object_id)
+        await _send(answer, send)
 
 
 def _pull_keys(path: str, body: bytes) -> Iterable[Key]:
+    if "acquire" in path:
+        return [_TASK]
     if "fleet" in path:
         node = _parse(PullMessagesRequest, body)
         return [("node", node.node.node_id)] if node is not None else []
@@ -271,33 +330,21 @@ def _parse(kind: type[_Parsed], data: bytes) -> Any:
         return None
 
 
-async def _body(receive: Receive) -> bytes:
+async def _send(events: Iterable[Event], send: Send) -> None:
+    for event in events:
+        await send(event)
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """A request's body; ``None`` when the client went away before it was complete."""
     parts = []
     while True:
         event = await receive()
+        if event["type"] == "http.disconnect":
+            return None
         parts.append(event.get("body", b""))
         if not event.get("more_body", False):
             return b"".join(parts)
-
-
-async def _ask(app: Application, scope: Event, body: bytes) -> list[Event]:
-    """Let the application answer a request that has been read; its answer, not yet sent."""
-    events: list[Event] = []
-    asked = False
-
-    async def receive() -> Event:
-        nonlocal asked
-        if asked:  # the client is ours to watch: let the application finish
-            await asyncio.Event().wait()
-        asked = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def send(event: Event) -> None:
-        events.append(event)
-
-    # A copy: the application writes into the scope's state, and may be asked twice.
-    await app({**scope, "state": dict(scope.get("state", {}))}, receive, send)
-    return events
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -351,7 +398,7 @@ def findings() -> list[str]:
     paths = {getattr(route, "path", "") for route in router.routes}
     found += [
         f"expected the Fleet API to have {path}, it has not"
-        for path in (*_PULLS, *_PUSHES, *_OBJECTS)
+        for path in (*_PULLS, *_PUSHES, *_OBJECTS, *_OTHERS)
         if "fleet" in path and path not in paths
     ]
     return found

@@ -91,10 +91,10 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
 
-    from flwr.supernode.cli.flower_supernode import flower_supernode
+    from .polling import run_supernode
 
     sys.argv = arguments(settings)
-    flower_supernode()
+    run_supernode()
     return 0
 
 

@@ -34,7 +34,7 @@ SPARE = "supernode-07"  # has a key and a partition, but nobody registered it
 def free_port() -> int:
     """A free port with free neighbours, below those that the system gives to clients."""
     while True:
-        first = random.randrange(20000, 32000, 10)  # noqa: S311 - no secret
+        first = random.randrange(20000, 32000, 10)
         with contextlib.ExitStack() as probes:
             try:
                 for port in range(first, first + 1 + COUNT):

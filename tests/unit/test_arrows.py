@@ -43,7 +43,8 @@ def test_a_room_imports_only_what_it_may(room):
 
 @pytest.mark.parametrize("module", ["medfed.cli", "superlink.health", "supernode.health"])
 def test_the_command_line_starts_without_torch(module):
-    code = f"import {module}, sys; print([m for m in ('torch', 'transformers', 'ray') if m in sys.modules])"
+    heavy = ("torch", "transformers", "ray")
+    code = f"import {module}, sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

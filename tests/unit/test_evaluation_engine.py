@@ -98,7 +98,7 @@ def subject(tiny):
 
 
 def prompts(n, seed=0):
-    rng = random.Random(seed)  # noqa: S311 - not for secrets
+    rng = random.Random(seed)
     words = ["renal", "acute", "fever", "x", "the", "diagnosis", "42", "é"]
     return [
         "Instruction for all.\n" + " ".join(rng.choices(words, k=rng.randint(1, 30)))

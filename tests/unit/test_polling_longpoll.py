@@ -15,6 +15,8 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.message_pb2 import Message, Metadata, PushObjectRequest, PushObjectResponse
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    AcquireTaskResponse,
     PullAppMessagesRequest,
     PullAppMessagesResponse,
     PushAppMessagesRequest,
@@ -25,6 +27,7 @@ from superlink import longpoll
 
 FLEET_PULL = "/v1/fleet/pull-messages"
 RUNTIME_PULL = "/v1/runtime/pull-messages"
+ACQUIRE = "/v1/runtime/acquire-task"
 
 
 class Flower:
@@ -33,6 +36,7 @@ class Flower:
     def __init__(self) -> None:
         self.inbox: dict[int, list[str]] = {}
         self.replies: list[str] = []
+        self.tasks: list[str] = []
         self.asked: list[str] = []
         self.status = 200
 
@@ -62,6 +66,11 @@ class Flower:
             for sent in PushMessagesRequest.FromString(body).messages_list:
                 self.replies.append(sent.metadata.reply_to_message_id)
             answer = PushMessagesResponse(objects_to_push=["c"])
+        elif path == "/v1/control/start-run":
+            self.tasks.append("token")
+            answer = AcquireTaskResponse(token="started")
+        elif path == ACQUIRE:
+            answer = AcquireTaskResponse(token=self.tasks.pop() if self.tasks else "")
         elif path.endswith("push-object"):
             answer = PushObjectResponse(stored=True)
         await send({"type": "http.response.start", "status": self.status, "headers": []})
@@ -74,7 +83,7 @@ class World:
 
     def __init__(self, hold: float = 30.0, settle: float = 30.0) -> None:
         self.flower = Flower()
-        self.poll = longpoll.LongPoll(self.flower, hold, hold, settle)
+        self.poll = longpoll.LongPoll(self.flower, hold, hold, hold, settle)
 
     async def request(self, path: str, body: Any, gone: asyncio.Event | None = None) -> bytes:
         unread = [{"type": "http.request", "body": body.SerializeToString(), "more_body": False}]
@@ -190,6 +199,15 @@ async def test_the_server_app_hears_of_a_reply_once_it_is_complete(world):
     assert not question.done()
     await world.push_object("c", "fleet")
     assert await question == 1
+
+
+@scenario
+async def test_superexec_hears_of_a_run_when_it_is_submitted(world):
+    question = asyncio.ensure_future(world.request(ACQUIRE, AcquireTaskRequest()))
+    await world.settled()
+    assert not question.done()
+    await world.request("/v1/control/start-run", AcquireTaskRequest())
+    assert AcquireTaskResponse.FromString(await question).token == "token"
 
 
 @scenario

@@ -1,4 +1,4 @@
-"""Rounds: who trains is decided by seed and name, and so is the order in which replies are summed."""
+"""Rounds: seed and name decide who trains and in which order replies are summed."""
 
 from __future__ import annotations
 
