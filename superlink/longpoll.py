@@ -148,8 +148,12 @@ class Board:
         """Wait until nothing for these keys is half uploaded, at most ``patience`` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
-                while waiting := [upload for upload in self.uploads if upload.keys & keys]:
+                while waiting := self.uploading(keys):
                     await waiting[0].done.wait()
+
+    def uploading(self, keys: frozenset[Key]) -> list[Upload]:
+        """What is half uploaded for these keys."""
+        return [upload for upload in self.uploads if upload.keys & keys]
 
     def close(self) -> None:
         """The SuperLink is stopping: hold nothing any more."""
@@ -203,8 +207,12 @@ class LongPoll:
             if path in _TASKS:
                 self.board.finish(Upload(frozenset({_TASK})))
 
-    async def _ask(self, scope: Event, body: bytes) -> list[Event]:
+    async def _ask(
+        self, scope: Event, body: bytes, keys: frozenset[Key] = frozenset()
+    ) -> list[Event]:
         """Let Flower answer a request that has been read; its answer, not yet sent.
+
+        Not before what is half uploaded for ``keys`` is complete (or takes too long).
 
         One at a time: every request writes to SQLite, which has one writer, and whoever finds it
         taken sleeps for up to 0.1 s although it is free again after a millisecond or two. Reading
@@ -225,9 +233,15 @@ class LongPoll:
 
         # A copy: the application writes into the scope's state, and may be asked twice.
         copied = {**scope, "state": dict(scope.get("state", {}))}
-        async with self._turn:
-            await self._app(copied, receive, send)
-        return events
+        clock = asyncio.get_running_loop().time
+        end = clock() + self._settle_s
+        while True:
+            await self.board.settled(keys, end - clock())
+            async with self._turn:
+                # Another upload may have begun while this request waited for its turn.
+                if not self.board.uploading(keys) or clock() >= end:
+                    await self._app(copied, receive, send)
+                    return events
 
     async def _pull(self, path: str, scope: Event, receive: Receive, send: Send) -> None:
         if (body := await _body(receive)) is None:
@@ -236,13 +250,11 @@ class LongPoll:
         question = Question(keys)
         self.board.questions.add(question)
         try:
-            await self.board.settled(keys, self._settle_s)
-            answer = await self._ask(scope, body)
+            answer = await self._ask(scope, body, keys)
             if keys and self._may_wait(path, answer):
                 self.board.supersede(question)
                 if await self._news(question, self._hold[path], receive):
-                    await self.board.settled(keys, self._settle_s)
-                    answer = await self._ask(scope, body)
+                    answer = await self._ask(scope, body, keys)
         finally:
             self.board.questions.discard(question)
         await _send(answer, send)

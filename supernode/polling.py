@@ -123,10 +123,13 @@ class SuperNodeClock:
         self._looks_per_ring = max(1, round(ring / reply))
         self._looks = 0
 
+    def message_arrived(self) -> None:
+        """There is a message to work on: ring at the next look for its reply."""
+        self._looks = 0
+
     def sleep(self, seconds: float) -> None:
         """Sleep as long as makes sense where stock Flower sleeps ``seconds``."""
         if seconds >= _AT_REST_S:
-            self._looks = 0
             self._sleep(self._pace.wait())
             self._pace.asking()
             return
@@ -252,7 +255,15 @@ def install() -> str:
     supernode, superexec = (_import(name) for name in INTERNALS)
     command = _import("flwr.supernode.cli.flower_supernode")
     bell = threading.Event()
-    _replace(supernode, "time", SuperNodeClock(Pace(), bell))
+    clock = SuperNodeClock(Pace(), bell)
+    push_messages = supernode._push_messages
+
+    def note_message_and_push(**arguments: Any) -> None:
+        clock.message_arrived()  # it is stored, and its reply is waited for next
+        push_messages(**arguments)
+
+    _replace(supernode, "time", clock)
+    _replace(supernode, "_push_messages", note_message_and_push)
     _replace(superexec, "time", SuperExecClock(bell))
     # The SuperNode has its own, and Python refuses signal handlers outside the main thread.
     _replace(superexec, "register_signal_handlers", _no_signal_handlers)

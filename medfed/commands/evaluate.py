@@ -73,6 +73,9 @@ def evaluate(
             "expected a model to evaluate, found neither --model nor --adapter",
             "e.g. medfed evaluate --adapter runs/RUN/peft_200",
         )
+    from app.quiet import quiet_libraries
+
+    quiet_libraries()
     # Everything from here on needs torch, which takes seconds to import.
     from evaluation.model import adapter_base
     from evaluation.run import Plan

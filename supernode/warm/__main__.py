@@ -7,10 +7,13 @@ python -m supernode.warm status --socket PATH [--json]
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import SuperNodeError
@@ -39,6 +42,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if verb == "status":
             command.add_argument("--json", action="store_true", help="as JSON")
             continue
+        if verb == "once":
+            command.add_argument(
+                "--idle", type=float, help="end after so many seconds without a message"
+            )
         command.add_argument(
             "--model",
             action="append",
@@ -101,14 +108,31 @@ def _once(path: Path, options: argparse.Namespace) -> int:
     from . import server
 
     try:
-        models = [ModelSource.parse(text) for text in options.model]
-        server.run(path, models, tuple(options.imports or IMPORTS))
+        # One that was left behind by a cold start gives way to another; a supervised one is alone.
+        alone = contextlib.nullcontext(True) if options.idle is None else _only_one(path)
+        with alone as first:
+            if first:
+                models = [ModelSource.parse(text) for text in options.model]
+                server.run(path, models, tuple(options.imports or IMPORTS), options.idle)
     except SuperNodeError as error:
         print(f"error: {error}", file=sys.stderr)
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[bool]:
+    """Whether no other warm process warms up or serves at ``path``."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ on and ends with the child's exit status. When nobody answers on the socket it b
 ``flwr-clientapp`` instead and says so.
 
 Environment: ``MEDFED_WARM_SOCKET``, the warm process's socket; ``MEDFED_WARM_PYTHON``, the
-interpreter next to which the stock ``flwr-clientapp`` lies.
+interpreter next to which the stock ``flwr-clientapp`` lies; ``MEDFED_WARM_IDLE_S``, if set, lets a
+cold start leave a warm process behind that ends after so many seconds without a message.
 """
 
 from __future__ import annotations
@@ -139,7 +140,28 @@ def start_cold(arguments: list[str], reason: Cold) -> NoReturn:
     python = os.environ.get("MEDFED_WARM_PYTHON") or sys.executable
     program = os.path.join(os.path.dirname(python), NAME)  # noqa: PTH118, PTH120  (see above)
     say(f"{NAME}: cold start, for the warm process did not take this message ({reason})")
+    if os.environ.get("MEDFED_WARM_IDLE_S"):
+        warm_up(python)
     os.execv(program, [program, *arguments])  # noqa: S606
+
+
+def warm_up(python: str) -> None:
+    """Start a warm process for the messages after this one; it ends by itself when none comes.
+
+    For a machine or container of one SuperNode, which may be asked once in an hour: at rest it
+    holds no memory for a ClientApp. Where one is warming up already, the new one gives way.
+    """
+    here = os.path.abspath(__file__)  # noqa: PTH100  (see above)
+    for _ in range(3):
+        here = os.path.dirname(here)  # noqa: PTH120
+    environment = {**os.environ, "PYTHONPATH": here}
+    with contextlib.suppress(OSError):  # then the next message starts cold too
+        os.posix_spawn(
+            python,
+            [python, "-m", "supernode.warm", "once", "--idle", os.environ["MEDFED_WARM_IDLE_S"]],
+            environment,
+            setsid=True,
+        )
 
 
 def say(line: str) -> None:

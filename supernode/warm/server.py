@@ -40,10 +40,11 @@ class WarmServer:
     Args:
         path: where the socket is to be; its folder is created, mode 0700.
         cold: what its children are to be like.
+        idle: seconds without a message after which it ends; None: it never does.
     """
 
-    def __init__(self, path: Path, cold: child.Cold) -> None:
-        self._path, self._cold = path, cold
+    def __init__(self, path: Path, cold: child.Cold, idle: float | None = None) -> None:
+        self._path, self._cold, self._idle = path, cold, idle
         self._running: dict[int, _Running] = {}  # by process id
         self._pids: dict[int, int] = {}  # by the connection's descriptor, while it is watched
         self._stopping = False
@@ -56,7 +57,7 @@ class WarmServer:
             end.setblocking(False)
 
     def serve(self) -> None:
-        """Serve until SIGTERM or SIGINT. Children that are at work then go on."""
+        """Serve until SIGTERM, SIGINT or idle. Children that are at work then go on."""
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -64,7 +65,11 @@ class WarmServer:
         self._epoll.register(self._listener.fileno(), select.EPOLLIN)
         self._epoll.register(self._woken.fileno(), select.EPOLLIN)
         while not self._stopping:
-            for descriptor, _ in self._epoll.poll():
+            events = self._epoll.poll(self._idle)
+            if self._idle is not None and not events and not self._running:
+                log.info("no message for %.0f s: ending", self._idle)
+                break
+            for descriptor, _ in events:
                 if descriptor == self._listener.fileno():
                     self._accept()
                 elif descriptor == self._woken.fileno():
@@ -166,8 +171,13 @@ def cold_search_path() -> list[str]:
     return [str(part) for part in json.loads(answer.stdout)]
 
 
-def run(path: Path, models: list[ModelSource], imports: tuple[str, ...] = IMPORTS) -> None:
-    """Warm up and serve until told to stop.
+def run(
+    path: Path,
+    models: list[ModelSource],
+    imports: tuple[str, ...] = IMPORTS,
+    idle: float | None = None,
+) -> None:
+    """Warm up and serve until told to stop, or for ``idle`` seconds without a message.
 
     Raises:
         SuperNodeError: the process is not fit for forking.
@@ -176,6 +186,6 @@ def run(path: Path, models: list[ModelSource], imports: tuple[str, ...] = IMPORT
     search_path = cold_search_path()
     preload(imports, models)
     cold = child.Cold(Path(sys.executable).parent, search_path, child.foreign_modules())
-    server = WarmServer(path, cold)
+    server = WarmServer(path, cold, idle)
     log.info("ready after %.1f s at %s", time.monotonic() - started, path)
     server.serve()

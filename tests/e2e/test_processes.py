@@ -107,7 +107,7 @@ def supernode(home: Home, port: int, name: str, **other: str) -> subprocess.Comp
 def test_all_supernodes_come_online_under_their_names(home, up):
     assert up.started == ("superlink", *NAMES)
     found = {one.name: one for one in processes.status(home)}
-    assert list(found) == ["superlink", *NAMES]
+    assert list(found) == ["superlink", "warm", *NAMES]
     assert all(one.alive and one.online for one in found.values())
     assert all(one.pss and one.pss > 10e6 for one in found.values())
 

@@ -229,7 +229,7 @@ class Federation:
         return {
             **{k: v for k, v in os.environ.items() if not k.startswith("MEDFED_WARM")},
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": f"{ROOT}:{os.environ.get('EXTRA', '')}",
+            "PYTHONPATH": str(ROOT),
             "FLWR_HOME": str(flower_home),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",

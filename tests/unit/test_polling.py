@@ -123,6 +123,7 @@ def _instead_of_flower(monkeypatch: pytest.MonkeyPatch, *more: str) -> list[list
     started: list[list[str]] = []
     for module, name in (
         ("flwr.supernode.start_client_internal", "time"),
+        ("flwr.supernode.start_client_internal", "_push_messages"),
         ("flwr.supercore.superexec.run_superexec", "time"),
         ("flwr.supercore.superexec.run_superexec", "register_signal_handlers"),
         ("flwr.supernode.cli.flower_supernode", "start_client_internal"),
@@ -184,6 +185,18 @@ def test_superexec_is_called_when_a_message_has_arrived_and_again_while_its_repl
         bell.clear()
     assert rung == [True, False, False, True, False, False, True]
     assert clock.slept == [3] + [0.02] * 7
+
+
+def test_superexec_is_called_at_once_for_each_of_two_messages_in_a_row():
+    clock, bell = Clock(), threading.Event()
+    node = polling.SuperNodeClock(pace(clock), bell, reply=0.02, ring=1, sleep=clock.sleep)
+    for _ in range(2):
+        node.message_arrived()
+        node.sleep(0.5)
+        assert bell.is_set()
+        bell.clear()
+        node.sleep(0.5)
+        assert not bell.is_set()
 
 
 def test_the_next_message_is_waited_for_quickly_after_a_reply():

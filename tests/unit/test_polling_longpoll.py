@@ -176,6 +176,57 @@ async def test_a_message_is_not_handed_out_while_its_objects_are_on_their_way(wo
 
 
 @scenario
+async def test_a_question_that_waits_for_its_turn_does_not_overtake_an_upload(world):
+    """Else the node would have the message, miss its objects and wait a second for them."""
+    await world.poll._turn.acquire()
+    push = asyncio.ensure_future(world.push(7))
+    await world.settled()
+    question = asyncio.ensure_future(world.pull(7))
+    other = asyncio.ensure_future(world.pull(8))
+    await world.settled()
+    world.poll._turn.release()
+    await push
+    await world.settled()
+    assert world.flower.asked.count(FLEET_PULL) == 1  # the other's
+    await world.push_object("a")
+    await world.push_object("b")
+    assert await question == 1
+    world.poll.board.close()
+    assert await other == 0
+
+
+@scenario
+async def test_requests_reach_flower_one_at_a_time(world):
+    inside = []
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        inside.append(1)
+        assert len(inside) == 1
+        await world.settled()
+        inside.pop()
+        await send({"type": "http.response.start", "status": 404, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    world.poll._app = slow
+    object_ = PushObjectRequest(object_id="a")
+    await asyncio.gather(
+        *(world.request("/v1/fleet/push-object", object_) for _ in range(5)),
+        *(world.request("/v1/runtime/pull-object", object_) for _ in range(5)),
+        *(world.pull(node) for node in range(5)),
+    )
+
+
+@scenario
+async def test_a_request_whose_client_went_away_while_sending_it_never_reaches_flower(world):
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    for path in ("/v1/fleet/push-object", FLEET_PULL, "/v1/fleet/push-messages"):
+        await world.poll({"type": "http", "method": "POST", "path": path}, receive, receive)
+    assert world.flower.asked == []
+
+
+@scenario
 async def test_nodes_that_were_not_sampled_are_not_woken(world):
     others = [asyncio.ensure_future(world.pull(node)) for node in (1, 2, 3)]
     await world.settled()

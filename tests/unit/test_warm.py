@@ -105,12 +105,13 @@ class Host:
         (home / "bin" / "python").symlink_to(sys.executable)
         self.process: subprocess.Popen[bytes] | None = None
 
-    def warm_up(self) -> None:
+    def warm_up(self, *options: str) -> None:
         with (self.home / "warm.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "supernode.warm", "once"),
                     *("--socket", str(self.path), "--import", "json"),
+                    *options,
                 ],
                 cwd=ROOT,
                 stdout=log,
@@ -134,6 +135,8 @@ class Host:
             "PYTHONPATH": str(self.home / "site"),
             "VARIABLE": "of this message",
         }
+        if idle := more.pop("idle", ""):
+            environment["MEDFED_WARM_IDLE_S"] = idle
         return subprocess.Popen(
             [str(WARM_BIN / "flwr-clientapp"), *arguments],
             env=environment,
@@ -295,6 +298,41 @@ def test_a_message_that_cannot_be_handed_over_starts_cold(own):
     )
     assert done.stdout == "cold tell\n"
     assert "No such file" in done.stderr
+
+
+def test_a_cold_start_leaves_a_warm_process_behind_where_it_is_asked_to(own):
+    asked = own.home / "asked"
+    python = own.home / "bin" / "python"
+    python.unlink()
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\necho "$@" >{asked}\n'
+    )
+    python.chmod(0o755)
+    assert own.run("tell", cold=True)[1] == "cold tell\n"
+    assert not asked.exists()
+    assert own.run("tell", cold=True, idle="600")[1] == "cold tell\n"
+    eventually(asked.exists)
+    assert asked.read_text() == "-m supernode.warm once --idle 600\n"
+
+
+def test_a_warm_process_without_messages_ends_and_takes_its_socket_away(own):
+    own.warm_up("--idle", "1.0")
+    assert own.told()["variable"] == "of this message"
+    assert own.process.wait(DEADLINE_S) == 0
+    assert "no message for 1 s: ending" in own.log()
+    assert not own.path.exists()
+
+
+def test_a_second_warm_process_left_behind_gives_way_to_the_first(own):
+    own.warm_up("--idle", "60")
+    done = subprocess.run(
+        [sys.executable, "-m", "supernode.warm", "once", "--idle", "60", "--socket", own.path],
+        cwd=ROOT,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert own.told()["variable"] == "of this message"
 
 
 def test_a_message_at_work_outlives_the_warm_process(own):
