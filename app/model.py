@@ -59,12 +59,14 @@ def model_source(name: str) -> str:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of ``model.name``; padding is the end of text, as in the template."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_source(name), use_fast=True, padding_side="right"
-        )
-    except (OSError, ValueError) as error:
-        raise _not_loadable(name, error) from error
+    warm = sys.modules.get("medfed_warm")
+    tokenizer = warm.take_tokenizer(model_source(name)) if warm is not None else None
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_source(name), use_fast=True)
+        except (OSError, ValueError) as error:
+            raise _not_loadable(name, error) from error
+    tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

@@ -41,7 +41,8 @@ ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
 WEIGHT_DECAY = 0.0
 
-# Tokens in one forward pass: enough to fill the device's matrix units, and no more memory.
+# Tokens in one forward pass. On a CPU 512 was no clearly faster and took 0.4 GB more (135M); the
+# figure for a GPU is an estimate.
 MICRO_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 
 # Rows of logits alive at once; a row of SmolLM2's vocabulary is 192 KiB.

@@ -451,7 +451,7 @@ class _Start:
         command = ["supernode.warm", "serve", "--socket", str(_warm_socket(self._home))]
         if (self._home.models / embedded_model.NAME).is_dir():
             command += ["--model", f"local/{embedded_model.NAME}"]
-        return self._start(WARM, command, {"CUDA_VISIBLE_DEVICES": ""}, folder / "warm.log", 0)
+        return self._start(WARM, command, {}, folder / "warm.log", 0)
 
     def _start(
         self, name: str, command: list[str], variables: dict[str, str], log: Path, port: int

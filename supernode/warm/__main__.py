@@ -7,14 +7,13 @@ python -m supernode.warm status --socket PATH [--json]
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fcntl
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from ..errors import SuperNodeError
 from . import supervisor
@@ -107,13 +106,13 @@ def _once(path: Path, options: argparse.Namespace) -> int:
     os.environ.update(ENVIRONMENT)
     from . import server
 
+    # One that a cold start left behind gives way to another; a supervised one is alone.
+    lock = _lock(path) if options.idle is not None else None
+    if options.idle is not None and lock is None:
+        return 0
     try:
-        # One that was left behind by a cold start gives way to another; a supervised one is alone.
-        alone = contextlib.nullcontext(True) if options.idle is None else _only_one(path)
-        with alone as first:
-            if first:
-                models = [ModelSource.parse(text) for text in options.model]
-                server.run(path, models, tuple(options.imports or IMPORTS), options.idle)
+        models = [ModelSource.parse(text) for text in options.model]
+        server.run(path, models, tuple(options.imports or IMPORTS), options.idle, lock)
     except SuperNodeError as error:
         print(f"error: {error}", file=sys.stderr)
         if error.hint:
@@ -122,17 +121,16 @@ def _once(path: Path, options: argparse.Namespace) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _only_one(path: Path) -> Iterator[bool]:
-    """Whether no other warm process warms up or serves at ``path``."""
+def _lock(path: Path) -> IO[str] | None:
+    """Hold the place at ``path``; None if another warm process warms up or serves there."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    lock = path.with_name(f"{path.name}.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
 
 
 if __name__ == "__main__":

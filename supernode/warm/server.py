@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from . import child
 from .preload import IMPORTS, ModelSource, preload
@@ -41,10 +42,17 @@ class WarmServer:
         path: where the socket is to be; its folder is created, mode 0700.
         cold: what its children are to be like.
         idle: seconds without a message after which it ends; None: it never does.
+        lock: what it holds while it lives, and its children must not.
     """
 
-    def __init__(self, path: Path, cold: child.Cold, idle: float | None = None) -> None:
-        self._path, self._cold, self._idle = path, cold, idle
+    def __init__(
+        self,
+        path: Path,
+        cold: child.Cold,
+        idle: float | None = None,
+        lock: IO[str] | None = None,
+    ) -> None:
+        self._path, self._cold, self._idle, self._lock = path, cold, idle, lock
         self._running: dict[int, _Running] = {}  # by process id
         self._pids: dict[int, int] = {}  # by the connection's descriptor, while it is watched
         self._stopping = False
@@ -103,6 +111,8 @@ class WarmServer:
     def _forget_in_child(self) -> None:
         for other in self._running.values():
             other.connection.close()
+        if self._lock is not None:
+            self._lock.close()
         self._epoll.close()
         for own in (self._listener, self._woken, self._wake):
             own.close()
@@ -176,8 +186,16 @@ def run(
     models: list[ModelSource],
     imports: tuple[str, ...] = IMPORTS,
     idle: float | None = None,
+    lock: IO[str] | None = None,
 ) -> None:
     """Warm up and serve until told to stop, or for ``idle`` seconds without a message.
+
+    Args:
+        path: the socket.
+        models: base models to have ready.
+        imports: what to import.
+        idle: seconds; None: for ever.
+        lock: see ``WarmServer``.
 
     Raises:
         SuperNodeError: the process is not fit for forking.
@@ -186,6 +204,6 @@ def run(
     search_path = cold_search_path()
     preload(imports, models)
     cold = child.Cold(Path(sys.executable).parent, search_path, child.foreign_modules())
-    server = WarmServer(path, cold, idle)
+    server = WarmServer(path, cold, idle, lock)
     log.info("ready after %.1f s at %s", time.monotonic() - started, path)
     server.serve()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -114,32 +113,3 @@ def supervise(path: Path, arguments: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
     supervisor.run()
-
-
-def start(path: Path, models: list[str], log_file: Path | None = None) -> subprocess.Popen[bytes]:
-    """Start ``python -m supernode.warm serve`` as a background process of its own session.
-
-    Args:
-        path: where its socket is to be.
-        models: base models to have ready, ``NAME`` or ``NAME@BITS``.
-        log_file: where its log goes, appended; ``None`` for this process's standard error.
-    """
-    command = [sys.executable, "-m", "supernode.warm", "serve", "--socket", str(path)]
-    for model in models:
-        command += ["--model", model]
-    here = Path(__file__).resolve().parents[2]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"),
-    }
-    if log_file is None:
-        return subprocess.Popen(command, env=environment, start_new_session=True)
-    with log_file.open("ab") as log_stream:
-        return subprocess.Popen(
-            command,
-            env=environment,
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=log_stream,
-            stderr=subprocess.STDOUT,
-        )

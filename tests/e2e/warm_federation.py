@@ -1,6 +1,6 @@
 """A real federation on 127.0.0.1 with a very small app: TLS, node keys, SQLite, no training.
 
-``python -m tests.e2e.warm_federation --help`` measures hops; ``test_warm.py`` tests with it.
+``python -m tests.e2e.warm_federation --help`` measures; ``test_warm_clientapp.py`` tests with it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The mechanics of the warm start: launcher, warm process, child, supervisor, registry.
 
 Flower's own ``flwr-clientapp`` is played by a package that each test's children import, so that
-nothing heavy is loaded here; ``tests/e2e/test_warm.py`` uses the real one.
+nothing heavy is loaded here; ``tests/e2e/test_warm_clientapp.py`` uses the real one.
 """
 
 from __future__ import annotations
