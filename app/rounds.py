@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def run_round(
 
 def _note(reply: Message, name: str, server_round: int, record: RunRecord) -> None:
     if reply.has_error():
-        reason = reply.error.reason or f"error code {reply.error.code}"
+        reason = _said(reply.error.reason or "") or f"error code {reply.error.code}"
         log(WARNING, "[ROUND %d] %s could not train: %s", server_round, name, reason)
         record.event("reply-failed", round=server_round, institution=name, reason=reason)
         return
@@ -147,6 +148,12 @@ def _note(reply: Message, name: str, server_round: int, record: RunRecord) -> No
         institution=name,
         **{key.replace("-", "_"): value for key, value in sorted(metrics.items())},
     )
+
+
+def _said(reason: str) -> str:
+    """What an institution's app said; Flower wraps it as ``<class 'name'>:<'what was said'>``."""
+    wrapped = re.fullmatch(r"<class '[^']*'>:<'(.*)'>", reason, re.DOTALL)
+    return wrapped[1] if wrapped else reason
 
 
 def _array_bytes(messages: Iterable[Message]) -> int:

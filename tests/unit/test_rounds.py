@@ -158,7 +158,8 @@ def test_bytes_are_counted_in_both_directions_as_the_leaderboard_does(tmp_path):
 def test_an_institution_that_fails_is_named_and_the_round_goes_on(tmp_path):
     def train(name, message):
         if name == "supernode-00":
-            return Message(Error(code=1, reason="no cards"), reply_to=message)
+            reason = "<class 'app.errors.AppError'>:<'no cards'>"
+            return Message(Error(code=1, reason=reason), reply_to=message)
         return reply(message, [1, 1, 1])
 
     result, events = run(FakeGrid(NAMES[:2], train=train), tmp_path)
