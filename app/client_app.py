@@ -55,14 +55,13 @@ def train(message: Message, context: Context) -> Message:
 
     placement = place(context.node_config)
     log(INFO, "%s", placement)
-    model = adapted_model(config.model, placement)
     manifest = adapter.Manifest.from_json(str(round_config["manifest"]))
     received = message.content.array_records["arrays"]["adapter"].numpy()
-    load_adapter(model, received, manifest)
-
     # The reference trains on the same cards in every round; a fresh order is a setting.
     order_round = server_round if config.train.dynamic_data_seed else 0
     with placement.enforced():
+        model = adapted_model(config.model, placement)
+        load_adapter(model, received, manifest)
         result = training.train(
             model,
             examples,
@@ -82,6 +81,8 @@ def train(message: Message, context: Context) -> Message:
             "train-seconds": result.seconds,
             "total-seconds": time.monotonic() - started,
             "peak-memory-bytes": result.peak_memory_bytes,
+            "slice-memory-bytes": placement.memory_bytes or 0,
+            "threads": placement.threads,
         }
     )
     log(INFO, "loss %.4f, adapter %s", result.loss, adapter.digest(flat)[:12])

@@ -87,7 +87,6 @@ def load_base(settings: ModelSettings, placement: Placement) -> PreTrainedModel:
         base.requires_grad_(False)
         if settings.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-            base.enable_input_require_grads()
         return base
     prepared = prepare_model_for_kbit_training(
         base,

@@ -9,7 +9,8 @@ so the same number (and the same gradient) comes from:
 - logits only where there is a label and a few rows at a time, so that memory does not follow the
   vocabulary.
 
-The same seeds give the same adapter, bit for bit, on the same kind of machine.
+The same seeds give the same adapter, bit for bit, on the same kind of machine with the same number
+of threads.
 """
 
 from __future__ import annotations

@@ -388,6 +388,27 @@ def machine() -> dict[str, Any]:
     }
 
 
+def chart(result: dict[str, Any], path: Path) -> None:
+    """Draw where a round's time goes on each of the three sides: training, and all the rest."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in ("stock", "deployment", "simulation") if name in result]
+    training = [result[name]["training_s"] for name in names]
+    rest = [result[name]["overhead_s"] for name in names]
+    figure = Figure(figsize=(7, 2.2), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(names, training, color="#4c72b0", label="slowest client's training")
+    axes.barh(names, rest, left=training, color="#dd8452", label="everything else")
+    for row, (busy, idle) in enumerate(zip(training, rest, strict=True)):
+        axes.text(busy + idle, row, f" {busy:.1f} + {idle:.1f} s", va="center")
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel("seconds a round (median)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
 def main() -> int:
     """Measure all three, print, and keep the result where asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rounds")
@@ -400,6 +421,7 @@ def main() -> int:
     parser.add_argument("--only", choices=["stock", "deployment", "simulation"], action="append")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--save", action="store_true", help="keep it under benchmarks/results/")
+    parser.add_argument("--chart", type=Path, help="draw where a round's time goes (PNG)")
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error("expected at least 2 rounds: the first is not counted")
@@ -427,6 +449,8 @@ def main() -> int:
     if "deployment" in result and "simulation" in result:
         ratio = result["deployment"]["round_s"] / result["simulation"]["round_s"]
         result["deployment_over_simulation"] = ratio
+    if options.chart:
+        chart(result, options.chart)
     if options.save:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"rounds-{result['date']}.json"
