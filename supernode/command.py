@@ -131,6 +131,8 @@ def environment(settings: Settings, inherited: Mapping[str, str], programs: Path
         # A container that was lent one device says itself under which number it sees it.
         variables.setdefault("CUDA_VISIBLE_DEVICES", gpu.device)
         variables["MEDFED_GPU_MEMORY"] = f"{gpu.memory:g}"
+        if gpu.mps is not None:
+            variables["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(gpu.mps)
     else:
         variables["CUDA_VISIBLE_DEVICES"] = ""
         variables.pop("MEDFED_GPU_MEMORY", None)

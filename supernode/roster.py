@@ -10,7 +10,7 @@ federation is started from it, and keys, partitions and registrations go by its 
     [[supernode]]
     name = "supernode-00"
     partition = 0
-    gpu = { device = "MIG-…", memory = 0.5 }  # or `gpu = false`: never a GPU for this one
+    gpu = { device = "MIG-…", memory = 0.5, mps = 25 }  # or `gpu = false`: never a GPU
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ class GpuSlice:
     Args:
         device: an index ("0") or a UUID ("GPU-…", "MIG-…"), as ``CUDA_VISIBLE_DEVICES`` takes it.
         memory: the share of that device's memory, 0 < memory <= 1.
+        mps: percentage of its multiprocessors, where NVIDIA's MPS daemon runs; None: all of them.
     """
 
     device: str
     memory: float
+    mps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def _gpu(value: object, name: str) -> GpuSlice | None:
             f"expected {name}: gpu to be a table or false, found {value!r}",
             'for example gpu = { device = "0", memory = 0.05 }',
         )
-    _only(value, {"device", "memory"}, f"{name}: gpu")
+    _only(value, {"device", "memory", "mps"}, f"{name}: gpu")
     device, memory = value.get("device"), value.get("memory")
     if not isinstance(device, str) or not _DEVICE.fullmatch(device):
         raise SuperNodeError(
@@ -192,7 +194,13 @@ def _gpu(value: object, name: str) -> GpuSlice | None:
         f"{name}: gpu.memory to be a share above 0 and up to 1",
         memory,
     )
-    return GpuSlice(device=device, memory=float(memory))  # type: ignore[arg-type]
+    mps = value.get("mps")
+    if mps is not None and (type(mps) is not int or not 0 < mps <= 100):
+        raise SuperNodeError(
+            f"expected {name}: gpu.mps to be a whole percentage from 1 to 100, found {mps!r}",
+            "leave it out where no MPS daemon runs",
+        )
+    return GpuSlice(device=device, memory=float(memory), mps=mps)  # type: ignore[arg-type]
 
 
 def _check_together(roster: Roster) -> None:

@@ -66,6 +66,8 @@ def test_a_supernode_may_differ_from_the_defaults():
         (entries(1, gpu={"device": 0, "memory": 0.5}), "index or a GPU or MIG UUID"),
         (entries(1, gpu={"device": "0", "memory": 0}), "above 0 and up to 1"),
         (entries(1, gpu={"device": "0", "memory": 1.1}), "above 0 and up to 1"),
+        (entries(1, gpu={"device": "0", "memory": 0.1, "mps": 0}), "from 1 to 100"),
+        (entries(1, gpu={"device": "0", "memory": 0.1, "mps": 2.5}), "from 1 to 100"),
         (entries(21, gpu={"device": "0", "memory": 0.05}), "found 1.05"),
     ],
 )

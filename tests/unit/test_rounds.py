@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedTrimmedAvg, Krum
 from flwr.supercore.task_identity import TaskIdentity
 
 from app.errors import AppError
 from app.institutions import Institutions
 from app.record import RunRecord
-from app.rounds import SeededFedAvg, run_round
+from app.rounds import SeededFedAvg, SeededSampling, run_round
 
 
 class FakeGrid:
@@ -146,6 +147,26 @@ def test_the_average_is_weighted_by_examples(tmp_path):
     assert result.arrays["adapter"].numpy().tolist() == [2.5, 2.5, 2.5]
     assert result.train_loss == 2.5
     assert [e["institution"] for e in events if e["event"] == "reply"] == sorted(weights)
+
+
+@pytest.mark.parametrize("flower", [FedAvg, FedAdam, FedMedian, FedTrimmedAvg, Krum])
+def test_flowers_own_strategies_work_on_the_flat_adapter(tmp_path, flower):
+    class Seeded(SeededSampling, flower):
+        pass
+
+    values = {name: np.full(3, number, np.float32) for number, name in enumerate(NAMES[:5])}
+    grid = FakeGrid(NAMES[:5], train=lambda n, m: reply(m, values[n]))
+    options = {"num_malicious_nodes": 1} if flower is Krum else {}
+    strategy = Seeded(
+        institutions=Institutions(grid), seed=1, sample_size=5, fraction_evaluate=0.0, **options
+    )
+    strategy.current_arrays = {"adapter": np.zeros(3, np.float32)}  # FedAdam steps from here
+    arrays = ArrayRecord({"adapter": Array(np.zeros(3, np.float32))})
+    result = run_round(grid, strategy, RunRecord(tmp_path), 1, arrays, ConfigRecord())
+    adapter = result.arrays["adapter"].numpy()
+    assert adapter.shape == (3,)
+    assert np.isfinite(adapter).all()
+    assert adapter.any()
 
 
 def test_bytes_are_counted_in_both_directions_as_the_leaderboard_does(tmp_path):

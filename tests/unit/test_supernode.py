@@ -106,6 +106,15 @@ def test_nothing_is_told_to_anybody(settings):
     assert variables["FLWR_DISABLE_UPDATE_CHECK"] == "1"
 
 
+def test_a_share_of_the_multiprocessors_reaches_the_clientapp(settings):
+    entry = replace(settings.entry, gpu=GpuSlice(device="1", memory=0.5, mps=25))
+    sliced = replace(settings, entry=entry, use_gpu=True)
+    on = command.environment(sliced, {}, Path("/b"))
+    assert on["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "25"
+    off = command.environment(replace(sliced, use_gpu=False), {}, Path("/b"))
+    assert "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" not in off
+
+
 def test_a_gpu_is_seen_only_where_slices_are_switched_on(settings):
     inherited = {"CUDA_VISIBLE_DEVICES": "3", "MEDFED_GPU_MEMORY": "1"}
     off = command.environment(settings, inherited, Path("/b"))
