@@ -6,6 +6,8 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import TrainingArguments  # noqa: F401 - the template imports it
+from trl import SFTTrainer  # noqa: F401 - and this: every cold start pays for both
 
 from app import data, training
 from app.config import RunConfig
