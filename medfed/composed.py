@@ -6,20 +6,13 @@ import os
 import subprocess
 from pathlib import Path
 
+from medfed.errors import MedfedError
+
 _CA_IN_SUPERLINK = "superlink:/medfed/certs/ca.crt"
 
 
-class ComposeError(Exception):
-    """The Compose federation cannot be reached from this machine.
-
-    Args:
-        message: one line: what was expected and what was found.
-        hint: one line: how to fix it.
-    """
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+class ComposeError(MedfedError):
+    """The Compose federation cannot be reached from this machine."""
 
 
 def published_address(project: Path) -> str:

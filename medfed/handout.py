@@ -12,22 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from medfed.errors import MedfedError
 from medfed.paths import Home
 
 _PRIVATE, _PUBLIC = 0o600, 0o644
 
 
-class HandOutError(Exception):
-    """Something that should be handed out is not there.
-
-    Args:
-        message: one line: what was expected and what was found.
-        hint: one line: how to fix it.
-    """
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+class HandOutError(MedfedError):
+    """Something that should be handed out is not there."""
 
 
 @dataclass(frozen=True)

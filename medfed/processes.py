@@ -26,6 +26,7 @@ import psutil
 
 import certs
 from embedded import model as embedded_model
+from medfed.errors import MedfedError
 from medfed.paths import Home
 from superlink import health
 from superlink.preflight import check_port_is_free
@@ -51,17 +52,8 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 Progress = Callable[[str, int, int], None]
 
 
-class FederationError(Exception):
-    """The process federation cannot be started, or is not what it should be.
-
-    Args:
-        message: one line: what was expected and what was found.
-        hint: one line: how to fix it.
-    """
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+class FederationError(MedfedError):
+    """The process federation cannot be started, or is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -478,18 +470,31 @@ class _Start:
 
 
 def _wait_for_superlink(home: Home, process: Process, progress: Progress) -> None:
-    end = time.monotonic() + _SUPERLINK_DEADLINE_S
-    progress("starting the SuperLink", 0, 1)
-    while (trouble := health.problem(HOST, process.port, home.certs / "ca.crt")) is not None:
+    def trouble() -> str | None:
+        return health.problem(HOST, process.port, home.certs / "ca.crt")
+
+    _wait_ready(process, "starting the SuperLink", _SUPERLINK_DEADLINE_S, trouble, progress)
+
+
+def _wait_ready(
+    process: Process,
+    stage: str,
+    deadline_s: float,
+    trouble: Callable[[], str | None],
+    progress: Progress,
+) -> None:
+    """Wait until ``trouble`` has nothing to say; a process that ends, or the deadline, is one."""
+    end = time.monotonic() + deadline_s
+    progress(stage, 0, 1)
+    while (found := trouble()) is not None:
         _must_run(process)
         if time.monotonic() >= end:
             raise FederationError(
-                f"expected the SuperLink to answer within {_SUPERLINK_DEADLINE_S:.0f} s, "
-                f"found: {trouble}",
+                f"expected {process.name} to be ready within {deadline_s:.0f} s, found: {found}",
                 f"its log: {process.log}",
             )
         time.sleep(_POLL_S)
-    progress("starting the SuperLink", 1, 1)
+    progress(stage, 1, 1)
 
 
 def _start_supernodes(
@@ -549,18 +554,11 @@ def _wait_online(home: Home, federation: Federation, deadline_s: float, progress
 
 def _wait_until_warm(home: Home, warm: Process, deadline_s: float, progress: Progress) -> None:
     """Wait until ClientApps can be forked; without it each message would start cold."""
-    end = time.monotonic() + deadline_s
-    progress("warming ClientApps", 0, 1)
-    while not supervisor.is_ready(_warm_socket(home)):
-        _must_run(warm)
-        if time.monotonic() >= end:
-            raise FederationError(
-                f"expected the warm process to be ready within {deadline_s:.0f} s, "
-                f"found: {last_line(Path(warm.log))}",
-                f"its log: {warm.log}",
-            )
-        time.sleep(_POLL_S)
-    progress("warming ClientApps", 1, 1)
+
+    def trouble() -> str | None:
+        return None if supervisor.is_ready(_warm_socket(home)) else last_line(Path(warm.log))
+
+    _wait_ready(warm, "warming ClientApps", deadline_s, trouble, progress)
 
 
 def _warm_socket(home: Home) -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from medfed.errors import MedfedError
 from medfed.paths import Home
 
 if TYPE_CHECKING:
@@ -20,17 +21,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 RunConfig = Mapping[str, bool | float | int | str]
 
 
-class RunError(Exception):
-    """A run did not end as it should.
-
-    Args:
-        message: one line: what was expected and what was found.
-        hint: one line: how to fix it.
-    """
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+class RunError(MedfedError):
+    """A run did not end as it should."""
 
 
 @dataclass(frozen=True)
