@@ -13,6 +13,7 @@ The reference trains with TRL's DataCollatorForCompletionOnlyLM. What that does,
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from app.errors import AppError
@@ -20,7 +21,6 @@ from app.token_cache import TokenCache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ PREAMBLE = (
 RESPONSE_TEMPLATE = "\n### Response:"
 
 # Part of every cache key: a change to the tokenisation below must not find old tokens.
-_CACHE_VERSION = "1"
+_CACHE_VERSION = "2"
 
 
 class Example(NamedTuple):
@@ -141,6 +141,12 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
             f"expected a fast tokenizer, found {type(tokenizer).__name__}",
             "choose a model that ships a tokenizer.json",
         )
+    # A tokenizer from a folder is what its file says and what was added since: reading that takes
+    # a tenth of the time of spelling out 49,152 tokens again, in every message.
+    file = Path(tokenizer.name_or_path) / "tokenizer.json"
+    if file.is_file():
+        added = sorted(tokenizer.get_added_vocab().items())
+        return hashlib.sha256(file.read_bytes() + repr(added).encode()).hexdigest()
     backend = tokenizer.backend_tokenizer
     # Left over from the last call, and set anew by each: not part of what the tokenizer is.
     backend.no_truncation()

@@ -253,7 +253,7 @@ class LongPoll:
             answer = await self._ask(scope, body, keys)
             if keys and self._may_wait(path, answer):
                 self.board.supersede(question)
-                if await self._news(question, self._hold[path], receive):
+                if await self._news(question, _spread(self._hold[path], keys), receive):
                     answer = await self._ask(scope, body, keys)
         finally:
             self.board.questions.discard(question)
@@ -313,6 +313,15 @@ class LongPoll:
         if request is not None:
             self.board.stored(request.object_id)
         await _send(answer, send)
+
+
+def _spread(patience: float, keys: frozenset[Key]) -> float:
+    """A little less than ``patience``, each asker its own: nodes that came together part ways.
+
+    Twenty questions in one moment would keep a round that begins just then waiting for its turn.
+    """
+    number = sum(key for _, key in keys if isinstance(key, int))
+    return patience * (1 - 0.25 * (number % 97) / 97)
 
 
 def _pull_keys(path: str, body: bytes) -> Iterable[Key]:

@@ -1,4 +1,4 @@
-"""Train as the template does: load the model, take the state dict, train, send it back."""
+"""Train as the template does: cut the partition, tokenise it, load the model, train, send it back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import TrainingArguments  # noqa: F401 - the template imports 
 from trl import SFTTrainer  # noqa: F401 - and this: every cold start pays for both
 
 from app import data, training
+from app.cards import card_text, tokenize_texts
 from app.config import RunConfig
 from app.device import place
 from app.model import attach_adapter, load_base, load_tokenizer
@@ -24,9 +25,11 @@ def train(message: Message, context: Context) -> Message:
     config = RunConfig.parse(context.run_config)
     partition_id = int(context.node_config["partition-id"])
     server_round = int(str(message.content.config_records["config"]["server-round"]))
-    cards = data.load_partition(context.node_config, config.dataset_name)
+    num_partitions = int(context.node_config["num-partitions"])
+    cards = data.partition(config.dataset_name, num_partitions, partition_id)
     tokenizer = load_tokenizer(config.model.name)
-    examples = data.tokenize(cards, tokenizer, config.train.seq_length)
+    texts = [card_text(*row) for row in zip(cards["input"], cards["output"], strict=True)]
+    examples = tokenize_texts(texts, tokenizer, config.train.seq_length)
     model = attach_adapter(load_base(config.model, place(context.node_config)), config.model)
     received = message.content.array_records["arrays"].to_torch_state_dict()
     set_peft_model_state_dict(model, received)
