@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from app.errors import AppError
 
+TENSOR_DIGITS = 8
+
 FlatArray = npt.NDArray[np.float32]
 
 
@@ -121,6 +123,15 @@ def unpack(flat: FlatArray, manifest: Manifest) -> dict[str, FlatArray]:
 def digest(flat: FlatArray) -> str:
     """SHA-256 of a flat adapter's bytes (little-endian float32)."""
     return hashlib.sha256(np.ascontiguousarray(flat, dtype="<f4").tobytes()).hexdigest()
+
+
+def tensor_digests(flat: FlatArray, manifest: Manifest) -> str:
+    """Eight hex digits of the SHA-256 of each tensor, in the manifest's order, run together.
+
+    Two adapters that differ can be told apart by tensor without keeping either.
+    """
+    state = unpack(flat, manifest)
+    return "".join(digest(state[name])[:TENSOR_DIGITS] for name, _ in manifest.shapes)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -53,7 +53,7 @@ def train(message: Message, context: Context) -> Message:
     tokenizer = load_tokenizer(config.model.name)
     examples = data.tokenize(partition, tokenizer, config.train.seq_length)
 
-    placement = place(context.node_config)
+    placement = place(context.node_config, config.train.threads)
     log(INFO, "%s", placement)
     manifest = adapter.Manifest.from_json(str(round_config["manifest"]))
     received = message.content.array_records["arrays"]["adapter"].numpy()
@@ -77,6 +77,7 @@ def train(message: Message, context: Context) -> Message:
     metrics = MetricRecord(
         {
             "num-examples": len(examples),
+            "partition-fingerprint": data.fingerprint(partition),
             "train-loss": result.loss,
             "train-seconds": result.seconds,
             "total-seconds": time.monotonic() - started,

@@ -84,6 +84,9 @@ class TrainSettings:
     max_steps: int = _setting(
         "train.training-arguments.max-steps", "a whole number above 0", _positive
     )
+    threads: int = _setting(
+        "train.threads", "CPU threads of each client, from 0 (0: its node's share)", lambda v: v >= 0
+    )
 
     def __post_init__(self) -> None:
         if self.learning_rate_min > self.learning_rate_max:

@@ -126,6 +126,11 @@ def digest(dataset: Dataset) -> str:
     return sha.hexdigest()
 
 
+def fingerprint(dataset: Dataset) -> int:
+    """The first 53 bits of ``digest``: a number, as a reply may hold one, and exact in JSON."""
+    return int(digest(dataset)[:14], 16) >> 3
+
+
 def columns_of(dataset: Dataset) -> list[list[str]]:
     """The card columns, in the order of ``COLUMNS``, as plain lists read in one go."""
     rows: dict[str, list[str]] = dataset[:]

@@ -111,13 +111,15 @@ class Placement:
         )
 
 
-def place(node_config: Mapping[str, object]) -> Placement:
+def place(node_config: Mapping[str, object], threads: int = 0) -> Placement:
     """Choose this process's device and put its limits in force. Call before loading a model.
 
     Read from ``node_config``, and where it is silent from the environment the SuperNode gives its
     ClientApps:
 
-    - ``cpus``, else ``OMP_NUM_THREADS``: threads of torch (whole cores, at least one);
+    - ``cpus``, else ``OMP_NUM_THREADS``: threads of torch (whole cores, at least one), unless the
+      run asks for ``threads``: how a sum is split among them decides its last bits, so clients that
+      are to agree need the same number whatever their share of a machine;
     - ``gpu-device``, else ``CUDA_VISIBLE_DEVICES``: an index or a GPU or MIG UUID; empty: no GPU;
     - ``gpu-memory-fraction``, else ``MEDFED_GPU_MEMORY``: share of that device's memory;
     - ``mps-thread-percentage``: share of its multiprocessors, where NVIDIA's MPS daemon runs.
@@ -128,7 +130,7 @@ def place(node_config: Mapping[str, object]) -> Placement:
         AppError: a value out of range, or a slice that comes too late because this process has
             already touched a GPU.
     """
-    threads = _threads(node_config)
+    threads = threads or _threads(node_config)
     torch.set_num_threads(threads)
     asked = str(node_config.get("gpu-device", os.environ.get("CUDA_VISIBLE_DEVICES", "any")))
     share = _share(

@@ -102,7 +102,7 @@ class Bench:
             (root / folder.name).symlink_to(folder)
         self.config: dict[str, bool | float | int | str] = {
             "model.name": options.model,
-            "model.quantization": 0,
+            "model.quantization": options.quantization,
             "model.gradient-checkpointing": False,
             "static.dataset.name": options.dataset,
             "train.training-arguments.max-steps": options.steps,
@@ -416,6 +416,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--model", default="local/SmolLM2-135M-Instruct-Q4_1")
+    parser.add_argument(
+        "--quantization", type=int, choices=(0, 4, 8), default=4, help="bits; 4 is the reference's"
+    )
     parser.add_argument("--dataset", default="local/hpo-flashcards")
     parser.add_argument("--port", type=int, default=21000)
     parser.add_argument("--only", choices=["stock", "deployment", "simulation"], action="append")
@@ -432,7 +435,10 @@ def main() -> int:
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine(),
-        "options": {name: getattr(options, name) for name in ("rounds", "steps", "batch", "model")},
+        "options": {
+            name: getattr(options, name)
+            for name in ("rounds", "steps", "batch", "model", "quantization")
+        },
     }
     with tempfile.TemporaryDirectory(prefix="medfed-rounds-") as scratch:
         for number, (name, measure) in enumerate(sides.items()):

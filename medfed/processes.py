@@ -442,7 +442,8 @@ class _Start:
         folder.mkdir(parents=True, exist_ok=True)
         command = ["supernode.warm", "serve", "--socket", str(_warm_socket(self._home))]
         if (self._home.models / embedded_model.NAME).is_dir():
-            command += ["--model", f"local/{embedded_model.NAME}"]
+            for bits in (0, 4):  # plain, and as the default run config asks for it
+                command += ["--model", f"local/{embedded_model.NAME}@{bits}"]
         return self._start(WARM, command, {}, folder / "warm.log", 0)
 
     def _start(

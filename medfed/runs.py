@@ -45,7 +45,14 @@ class Outcome:
         return self.folder / str(self.summary["adapter"])
 
 
-def run(control: Control, home: Home, overrides: RunConfig, console: Console) -> Outcome:
+def run(
+    control: Control,
+    home: Home,
+    overrides: RunConfig,
+    console: Console,
+    *,
+    simulate: int | None = None,
+) -> Outcome:
     """Start a run of this project's app and show its rounds until it ends.
 
     Args:
@@ -53,6 +60,7 @@ def run(control: Control, home: Home, overrides: RunConfig, console: Console) ->
         home: where the SuperLink writes its runs.
         overrides: of the run config in ``pyproject.toml``.
         console: where progress is drawn.
+        simulate: at a SuperLink that simulates: how many SuperNodes.
 
     Raises:
         RunError: the run failed or was stopped; the message is the ServerApp's own.
@@ -61,7 +69,7 @@ def run(control: Control, home: Home, overrides: RunConfig, console: Console) ->
 
     from medfed.follow import RoundsView, events
 
-    run_id = control.start_run(build_fab_from_disk(PROJECT), overrides)
+    run_id = control.start_run(build_fab_from_disk(PROJECT), overrides, simulate=simulate)
     folder = home.runs / str(run_id)
     stream = events(folder / "events.jsonl", lambda: control.run(run_id).finished)
     last = RoundsView(console, _rounds(overrides)).show(stream)

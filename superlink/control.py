@@ -33,6 +33,7 @@ from flwr.proto.control_pb2 import (
     StopRunRequest,
     StreamLogsRequest,
 )
+from flwr.proto.federation_config_pb2 import SimulationConfig
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import FlowerError
@@ -115,18 +116,19 @@ class Control:
 
     Args:
         address: ``HOST:PORT``.
-        ca: the federation's CA certificate.
+        ca: the federation's CA certificate; None for one on this machine without TLS, as Flower's
+            simulation has it.
 
     Raises:
         SuperLinkError: the CA certificate cannot be read. Every method raises it too when the
             SuperLink cannot be reached, is not this CA's, or refuses.
     """
 
-    def __init__(self, address: str, ca: Path) -> None:
+    def __init__(self, address: str, ca: Path | None = None) -> None:
         self.address = address
         self._ca = ca
         try:
-            certificate = ca.read_bytes()
+            certificate = None if ca is None else ca.read_bytes()
         except OSError as error:
             raise SuperLinkError(
                 f"expected the CA certificate at {ca}, found: {error.strerror}",
@@ -135,7 +137,7 @@ class Control:
         try:
             self._client = ControlHttpClient.from_server_address(
                 address,
-                insecure=False,
+                insecure=certificate is None,
                 root_certificates=certificate,
                 interceptors=[
                     CliClientHttpInterceptor(),
@@ -247,13 +249,18 @@ class Control:
             time.sleep(_POLL_S)
 
     def start_run(
-        self, fab: bytes, run_config: Mapping[str, bool | float | int | str] | None = None
+        self,
+        fab: bytes,
+        run_config: Mapping[str, bool | float | int | str] | None = None,
+        *,
+        simulate: int | None = None,
     ) -> int:
         """Start a run of a built Flower App; the run's id.
 
         Args:
             fab: the FAB's bytes, for example of ``flwr.cli.build.build_fab_from_disk``.
             run_config: what overrides the FAB's own run config.
+            simulate: at a SuperLink that simulates: how many SuperNodes, with one core each.
         """
         import hashlib
 
@@ -262,6 +269,10 @@ class Control:
             fab=fab_to_proto(content),
             override_config=user_config_to_proto(dict(run_config or {})),
         )
+        if simulate is not None:
+            request.override_federation_config.CopyFrom(
+                SimulationConfig(num_supernodes=simulate, client_resources_num_cpus=1)
+            )
         with self._told("to start the run"):
             response = self._client.StartRun(request)
         if not response.HasField("run_id"):
