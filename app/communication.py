@@ -14,12 +14,13 @@ BUDGET_MB = 200_000
 
 
 def array_bytes(messages: Iterable[Message]) -> int:
-    """Bytes of all array records in ``messages``, NumPy's headers included."""
+    """Bytes of all arrays in ``messages``, NumPy's headers included, their names not."""
     return sum(
-        record.count_bytes()
+        len(array.data)
         for message in messages
         if message.has_content()
         for record in message.content.array_records.values()
+        for array in record.values()
     )
 
 

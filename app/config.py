@@ -85,7 +85,9 @@ class TrainSettings:
         "train.training-arguments.max-steps", "a whole number above 0", _positive
     )
     threads: int = _setting(
-        "train.threads", "CPU threads of each client, from 0 (0: its node's share)", lambda v: v >= 0
+        "train.threads",
+        "CPU threads of each client, from 0 (0: its node's share)",
+        lambda v: v >= 0,
     )
 
     def __post_init__(self) -> None:
@@ -158,6 +160,18 @@ class RunConfig:
                 f"did you mean {close[0]}?" if close else "docs/reference.md lists every setting",
             )
         return _build(cls, run_config)
+
+    def flat(self) -> dict[str, Any]:
+        """What ``parse`` would read this config from: every key with its value."""
+        return _flat(self)
+
+
+def _flat(settings: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        found |= {item.metadata["key"]: value} if item.metadata else _flat(value)
+    return found
 
 
 def keys(cls: type = RunConfig) -> list[str]:

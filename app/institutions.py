@@ -34,6 +34,7 @@ class Institutions:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._names: dict[int, str] = {}
+        self.registered = False  # under names, as in a deployment
         roster = os.environ.get(ROSTER_VARIABLE, "")
         self.expected: tuple[str, ...] = tuple(sorted(n for n in roster.split(",") if n))
 
@@ -46,6 +47,7 @@ class Institutions:
                 continue
             if node.name:
                 self._names[node.node_id] = node.name
+                self.registered = True
             else:
                 unnamed.append(node.node_id)
         if unnamed:

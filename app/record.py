@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -14,7 +13,10 @@ from app.places import medfed_home
 
 
 class RunRecord:
-    """``$MEDFED_HOME/runs/RUN/``: ``config.json``, ``events.jsonl``, ``peft_N/``, ``summary.json``.
+    """``$MEDFED_HOME/runs/RUN/``: what was asked for, where it came from, what happened.
+
+    ``config.json``, ``provenance.json``, ``events.jsonl``, ``comm_cost.txt``, ``peft_N/`` and
+    ``summary.json``.
 
     Events are appended as they happen, one JSON object a line, so that a reader can follow a run
     that is under way; ``summary.json`` comes last and marks a run that ended well.
@@ -28,8 +30,12 @@ class RunRecord:
     def create(cls, run_id: int, config: RunConfig) -> RunRecord:
         """Open the folder of run ``run_id`` under ``MEDFED_HOME`` and note its config."""
         record = cls(medfed_home() / "runs" / str(run_id))
-        record._write("config.json", dataclasses.asdict(config))
+        record._write("config.json", config.flat())
         return record
+
+    def provenance(self, origin: dict[str, Any]) -> None:
+        """Note what the run's results come from (``app.provenance``)."""
+        self._write("provenance.json", origin)
 
     def event(self, name: str, **details: Any) -> None:
         """Append one event, stamped with the time in seconds since the epoch."""

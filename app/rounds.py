@@ -9,12 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from logging import INFO, WARNING
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from app import polling
+from app.adapter import FlatArray, Manifest, digest, tensor_digests
+from app.communication import MB, Communication, array_bytes
 from app.errors import AppError
 from app.institutions import Institutions
 from app.record import RunRecord
@@ -68,14 +71,12 @@ class RoundResult:
     """What one round gave.
 
     Attributes:
-        arrays: the new global adapter.
+        flat: the new global adapter.
         train_loss: mean of the institutions' losses, weighted by their examples.
-        bytes: of the array records in both directions, as the leaderboard counts them.
     """
 
-    arrays: ArrayRecord
+    flat: FlatArray
     train_loss: float
-    bytes: int
 
 
 def run_round(
@@ -84,7 +85,8 @@ def run_round(
     record: RunRecord,
     server_round: int,
     arrays: ArrayRecord,
-    train_config: ConfigRecord,
+    manifest: Manifest,
+    communication: Communication,
 ) -> RoundResult:
     """Send the global adapter out, wait for the replies, aggregate them.
 
@@ -92,6 +94,7 @@ def run_round(
         AppError: if no institution gave a usable reply.
     """
     started = time.monotonic()
+    train_config = ConfigRecord({"manifest": manifest.to_json()})
     messages = list(strategy.configure_train(server_round, arrays, train_config, grid))
     names = list(strategy.asked.values())
     record.event("round-started", round=server_round, institutions=names)
@@ -100,7 +103,7 @@ def run_round(
     replies = strategy.in_order(polling.replies(grid, messages, ROUND_TIMEOUT_S))
     good = [reply for reply in replies if not reply.has_error()]
     for reply in replies:
-        _note(reply, strategy.name_of(reply), server_round, record)
+        _note(reply, strategy.name_of(reply), server_round, record, manifest)
     for name in sorted(set(names) - {strategy.name_of(reply) for reply in replies}):
         log(WARNING, "[ROUND %d] %s sent no reply in %.0f s", server_round, name, ROUND_TIMEOUT_S)
         record.event("reply-missing", round=server_round, institution=name)
@@ -116,7 +119,9 @@ def run_round(
             f"round {server_round}: the replies could not be aggregated",
             "the lines above say what was inconsistent",
         )
-    sent = _array_bytes(messages) + _array_bytes(good)
+    ways = (array_bytes(messages), array_bytes(good))
+    for one_way in ways:
+        communication.add(one_way)
     loss = float(metrics["train-loss"])  # type: ignore[arg-type]
     if not math.isfinite(loss):
         raise AppError(
@@ -124,28 +129,35 @@ def run_round(
             "lower train.learning-rate-max",
         )
     seconds = time.monotonic() - started
+    flat = np.asarray(new_arrays["adapter"].numpy(), dtype=np.float32)
     record.event(
         "round-finished",
         round=server_round,
         train_loss=loss,
-        bytes=sent,
+        bytes=sum(ways),
         seconds=round(seconds, 3),
+        adapter_sha256=digest(flat),
     )
-    log(INFO, "[ROUND %d] loss %.4f, %.2f MB, %.1f s", server_round, loss, sent / 2**20, seconds)
-    return RoundResult(new_arrays, loss, sent)
+    log(INFO, "[ROUND %d] loss %.4f, %.2f MB, %.1f s", server_round, loss, sum(ways) / MB, seconds)
+    return RoundResult(flat, loss)
 
 
-def _note(reply: Message, name: str, server_round: int, record: RunRecord) -> None:
+def _note(
+    reply: Message, name: str, server_round: int, record: RunRecord, manifest: Manifest
+) -> None:
     if reply.has_error():
         reason = _said(reply.error.reason or "") or f"error code {reply.error.code}"
         log(WARNING, "[ROUND %d] %s could not train: %s", server_round, name, reason)
         record.event("reply-failed", round=server_round, institution=name, reason=reason)
         return
     metrics = next(iter(reply.content.metric_records.values()))
+    flat = np.asarray(reply.content.array_records["arrays"]["adapter"].numpy())
     record.event(
         "reply",
         round=server_round,
         institution=name,
+        adapter_sha256=digest(flat),
+        tensor_digests=tensor_digests(flat, manifest),
         **{key.replace("-", "_"): value for key, value in sorted(metrics.items())},
     )
 
@@ -154,12 +166,3 @@ def _said(reason: str) -> str:
     """What an institution's app said; Flower wraps it as ``<class 'name'>:<'what was said'>``."""
     wrapped = re.fullmatch(r"<class '[^']*'>:<'(.*)'>", reason, re.DOTALL)
     return wrapped[1] if wrapped else reason
-
-
-def _array_bytes(messages: Iterable[Message]) -> int:
-    return sum(
-        record.count_bytes()
-        for message in messages
-        if message.has_content()
-        for record in message.content.array_records.values()
-    )

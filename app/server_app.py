@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from logging import INFO
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context
+from flwr.app import Array, ArrayRecord, Context
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
 from app import adapter
 from app.checkpoint import save_checkpoint
+from app.communication import Communication
 from app.config import RunConfig
 from app.errors import log_app_errors_on_one_line
 from app.institutions import Institutions
+from app.provenance import provenance
 from app.quiet import quiet_libraries
 from app.record import RunRecord
 from app.rounds import SeededFedAvg, run_round
@@ -41,6 +42,7 @@ def _run(grid: Grid, config: RunConfig, record: RunRecord) -> None:
     from app.model import initial_adapter
 
     flat, manifest = initial_adapter(config.model, config.train.seed)
+    record.provenance(provenance(config, manifest))
     holdout = Holdout.load(config)
     institutions = Institutions(grid)
     online = institutions.wait_for(
@@ -48,14 +50,19 @@ def _run(grid: Grid, config: RunConfig, record: RunRecord) -> None:
         config.strategy.wait_for_nodes_s,
         lambda now, needed: record.event("waiting", online=now, needed=needed),
     )
-    record.event("online", institutions=sorted(online))
+    record.event(
+        "online",
+        institutions=sorted(online),
+        federation=sorted(institutions.known()),
+        engine="deployment" if institutions.registered else "simulation",
+    )
     strategy = SeededFedAvg(
         institutions=institutions,
         seed=config.train.seed,
         sample_size=config.strategy.sample_size(len(institutions.known())),
         fraction_evaluate=0.0,
     )
-    train_config = ConfigRecord({"manifest": manifest.to_json()})
+    communication = Communication(record.folder / "comm_cost.txt")
 
     def measure(server_round: int) -> float | None:
         if holdout is None:
@@ -66,12 +73,10 @@ def _run(grid: Grid, config: RunConfig, record: RunRecord) -> None:
         return loss
 
     before = after = measure(0)
-    total_bytes = 0
     for server_round in range(1, config.num_rounds + 1):
         arrays = ArrayRecord({"adapter": Array(flat)})
-        result = run_round(grid, strategy, record, server_round, arrays, train_config)
-        flat = np.asarray(result.arrays["adapter"].numpy(), dtype=np.float32)
-        total_bytes += result.bytes
+        result = run_round(grid, strategy, record, server_round, arrays, manifest, communication)
+        flat = result.flat
         last = server_round == config.num_rounds
         if last or server_round % config.train.save_every_round == 0:
             folder = record.folder / f"peft_{server_round}"
@@ -84,7 +89,7 @@ def _run(grid: Grid, config: RunConfig, record: RunRecord) -> None:
         adapter=f"peft_{config.num_rounds}",
         adapter_sha256=adapter.digest(flat),
         manifest_sha256=manifest.digest,
-        bytes=total_bytes,
+        bytes=communication.total,
         holdout_loss_before=before,
         holdout_loss_after=after,
     )

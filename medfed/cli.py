@@ -12,14 +12,18 @@ import typer
 
 from medfed.commands import (
     certs,
+    communication,
     compose,
     connect,
     data,
     demo,
     evaluate,
     federation,
+    parity,
     prepare,
+    report,
     run,
+    submit,
 )
 
 app = typer.Typer(
@@ -40,6 +44,10 @@ app.command("down")(federation.down)
 app.command("connect")(connect.connect)
 app.command("run")(run.run)
 app.command("demo")(demo.demo)
+app.command("parity")(parity.parity)
+app.command("comm")(communication.communication)
+app.command("report")(report.report)
+app.command("submit")(submit.submit)
 app.command("evaluate")(evaluate.evaluate)
 app.command("score")(evaluate.score)
 

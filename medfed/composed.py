@@ -39,6 +39,16 @@ def fetch_ca(project: Path, place: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def fetch_run(project: Path, run_id: int, place: Path) -> None:
+    """Copy the record of a run out of the SuperLink's container to the folder ``place``.
+
+    Raises:
+        ComposeError: Docker Compose is not there, the SuperLink does not run, or has no such run.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _compose(project, "cp", f"superlink:/medfed/runs/{run_id}", str(place))
+
+
 def _compose(project: Path, *arguments: str) -> str:
     """Output of ``docker compose ARGUMENTS`` in the folder of the Compose files."""
     command = ["docker", "compose", *arguments]

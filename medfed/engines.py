@@ -10,18 +10,22 @@ import contextlib
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from flwr.cli.build import build_fab_from_disk
 from rich.console import Console
 
 from medfed import composed, processes
 from medfed.paths import Home
-from medfed.runs import PROJECT, RunConfig, run
+from medfed.runs import PROJECT, RunConfig, RunError, run
 from medfed.simulation import simulation
 from superlink.control import Control
 from supernode import roster
 from supernode.roster import DEFAULT_ROSTER
+
+_POLL_S = 1.0
 
 Engine = Callable[[Home, RunConfig, Path, Console], None]
 
@@ -65,13 +69,23 @@ def in_containers(home: Home, config: RunConfig, keep: Path, console: Console) -
 
     Raises:
         ComposeError: it is not up.
+        RunError: the run failed.
     """
+    del home  # the containers have volumes of their own
     with tempfile.TemporaryDirectory() as folder:
         ca = Path(folder) / "ca.crt"
         composed.fetch_ca(PROJECT, ca)
         with Control(composed.published_address(PROJECT), ca) as control:
-            run_id = composed.run(PROJECT, control, config, console)
+            run_id = control.start_run(build_fab_from_disk(PROJECT), config)
+            with console.status(f"run {run_id} in containers"):
+                while not (found := control.run(run_id)).finished:
+                    time.sleep(_POLL_S)
         composed.fetch_run(PROJECT, run_id, keep)
+    if not (keep / "summary.json").is_file():
+        raise RunError(
+            f"run {run_id} did not finish: {found.details or found.status}",
+            "docker compose logs superlink",
+        )
 
 
 ENGINES: dict[str, Engine] = {

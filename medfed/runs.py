@@ -83,7 +83,13 @@ def run(
     )
 
 
-def _rounds(overrides: RunConfig) -> int:
+def default_config() -> dict[str, bool | float | int | str]:
+    """The run config of ``pyproject.toml``, flat."""
+    from flwr.common.config import flatten_dict
+
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
-    defaults = project["tool"]["flwr"]["app"]["config"]
-    return int(overrides.get("num-server-rounds", defaults["num-server-rounds"]))
+    return flatten_dict(project["tool"]["flwr"]["app"]["config"])
+
+
+def _rounds(overrides: RunConfig) -> int:
+    return int({**default_config(), **overrides}["num-server-rounds"])

@@ -33,6 +33,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .wire import Meter, WireLog
+
 FLOWER = "1.41.0"
 
 # Every function whose behaviour the replaced names change, and all that each may do with `time`.
@@ -256,13 +258,24 @@ def install() -> str:
     command = _import("flwr.supernode.cli.flower_supernode")
     bell = threading.Event()
     clock = SuperNodeClock(Pace(), bell)
+    pull_and_store_message = supernode._pull_and_store_message
     push_messages = supernode._push_messages
+    wire = _wire_log()
+    run_id: int | None = None
+
+    def pull_and_note_run(**arguments: Any) -> int | None:
+        nonlocal run_id
+        run_id = pull_and_store_message(**arguments)
+        return run_id
 
     def note_message_and_push(**arguments: Any) -> None:
         clock.message_arrived()  # it is stored, and its reply is waited for next
         push_messages(**arguments)
+        if run_id is not None:
+            wire.reply_left(run_id)
 
     _replace(supernode, "time", clock)
+    _replace(supernode, "_pull_and_store_message", pull_and_note_run)
     _replace(supernode, "_push_messages", note_message_and_push)
     _replace(superexec, "time", SuperExecClock(bell))
     # The SuperNode has its own, and Python refuses signal handlers outside the main thread.
@@ -285,6 +298,15 @@ def install() -> str:
 
     _replace(command, "start_client_internal", start_client_with_superexec)
     return _secret_file()
+
+
+def _wire_log() -> WireLog:
+    """The log of what crosses the wire, beside the rest of this SuperNode's state."""
+    home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
+    home.mkdir(parents=True, exist_ok=True)
+    meter = Meter()
+    meter.install()
+    return WireLog(home / "wire.jsonl", meter)
 
 
 def _superexec(arguments: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedTrimmedAvg, Krum
 from flwr.supercore.task_identity import TaskIdentity
 
+from app.adapter import Manifest, digest
+from app.communication import Communication
 from app.errors import AppError
 from app.institutions import Institutions
 from app.record import RunRecord
@@ -65,6 +67,7 @@ def reply(message, values, *, examples=10, loss=1.0):
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
+MANIFEST = Manifest((("a", (2,)), ("b", (1,))))
 NAMES = [f"supernode-{n:02d}" for n in range(20)]
 
 
@@ -118,11 +121,16 @@ def test_an_institution_that_is_offline_gives_its_place_to_the_next_in_order(mon
     assert sampled(grid, 1) == [sorted(everyone[1:3])]
 
 
+def one_round(grid, strategy, folder):
+    record = RunRecord(folder)
+    communication = Communication(folder / "comm_cost.txt")
+    arrays = ArrayRecord({"adapter": Array(np.zeros(3, np.float32))})
+    return run_round(grid, strategy, record, 1, arrays, MANIFEST, communication)
+
+
 def run(grid, tmp_path, **options):
     strategy = strategy_on(grid, **options)
-    record = RunRecord(tmp_path)
-    arrays = ArrayRecord({"adapter": Array(np.zeros(3, np.float32))})
-    result = run_round(grid, strategy, record, 1, arrays, ConfigRecord())
+    result = one_round(grid, strategy, tmp_path)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     return result, events
 
@@ -133,7 +141,7 @@ def test_the_average_does_not_depend_on_the_order_of_arrival(tmp_path):
     for seed in range(5):
         grid = FakeGrid(NAMES, train=lambda n, m: reply(m, values[n]), shuffle_seed=seed)
         result, _ = run(grid, tmp_path / str(seed), sample_size=20)
-        results.add(result.arrays["adapter"].numpy().tobytes())
+        results.add(result.flat.tobytes())
     assert len(results) == 1
 
 
@@ -144,7 +152,7 @@ def test_the_average_is_weighted_by_examples(tmp_path):
         train=lambda n, m: reply(m, [weights[n]] * 3, examples=weights[n], loss=weights[n]),
     )
     result, events = run(grid, tmp_path)
-    assert result.arrays["adapter"].numpy().tolist() == [2.5, 2.5, 2.5]
+    assert result.flat.tolist() == [2.5, 2.5, 2.5]
     assert result.train_loss == 2.5
     assert [e["institution"] for e in events if e["event"] == "reply"] == sorted(weights)
 
@@ -161,9 +169,7 @@ def test_flowers_own_strategies_work_on_the_flat_adapter(tmp_path, flower):
         institutions=Institutions(grid), seed=1, sample_size=5, fraction_evaluate=0.0, **options
     )
     strategy.current_arrays = {"adapter": np.zeros(3, np.float32)}  # FedAdam steps from here
-    arrays = ArrayRecord({"adapter": Array(np.zeros(3, np.float32))})
-    result = run_round(grid, strategy, RunRecord(tmp_path), 1, arrays, ConfigRecord())
-    adapter = result.arrays["adapter"].numpy()
+    adapter = one_round(grid, strategy, tmp_path).flat
     assert adapter.shape == (3,)
     assert np.isfinite(adapter).all()
     assert adapter.any()
@@ -171,9 +177,22 @@ def test_flowers_own_strategies_work_on_the_flat_adapter(tmp_path, flower):
 
 def test_bytes_are_counted_in_both_directions_as_the_leaderboard_does(tmp_path):
     grid = FakeGrid(NAMES[:2], train=lambda n, m: reply(m, [0, 0, 0]))
-    result, _ = run(grid, tmp_path)
-    one = ArrayRecord({"adapter": Array(np.zeros(3, np.float32))}).count_bytes()
-    assert result.bytes == 4 * one
+    _, events = run(grid, tmp_path)
+    one = len(Array(np.zeros(3, np.float32)).data)
+    assert [e["bytes"] for e in events if e["event"] == "round-finished"] == [4 * one]
+
+
+def test_each_reply_and_each_round_carry_the_digest_of_their_adapter(tmp_path):
+    values = {name: np.full(3, n, np.float32) for n, name in enumerate(NAMES[:2])}
+    grid = FakeGrid(NAMES[:2], train=lambda n, m: reply(m, values[n]))
+    result, events = run(grid, tmp_path)
+    replies = {e["institution"]: e for e in events if e["event"] == "reply"}
+    for name, adapter in values.items():
+        assert replies[name]["adapter_sha256"] == digest(adapter)
+        digests = digest(adapter[:2])[:8] + digest(adapter[2:])[:8]
+        assert replies[name]["tensor_digests"] == digests
+    (finished,) = [e for e in events if e["event"] == "round-finished"]
+    assert finished["adapter_sha256"] == digest(result.flat)
 
 
 def test_an_institution_that_fails_is_named_and_the_round_goes_on(tmp_path):
@@ -184,7 +203,7 @@ def test_an_institution_that_fails_is_named_and_the_round_goes_on(tmp_path):
         return reply(message, [1, 1, 1])
 
     result, events = run(FakeGrid(NAMES[:2], train=train), tmp_path)
-    assert result.arrays["adapter"].numpy().tolist() == [1, 1, 1]
+    assert result.flat.tolist() == [1, 1, 1]
     failed = [event for event in events if event["event"] == "reply-failed"]
     assert [(e["institution"], e["reason"]) for e in failed] == [("supernode-00", "no cards")]
 
