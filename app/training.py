@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 
 from app.device import PeakMemory, precision_for
 from app.errors import AppError
+from app.fused import fused
 from app.packing import Pack, pack, packed_attention
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _ready(model: PeftModel, *, training: bool) -> Iterator[PreTrainedModel]:
     )
     model.train(training)
     try:
-        with packed_attention(network), mixed:
+        with packed_attention(network), fused(network), mixed:
             yield network
     finally:
         model.train(mode)

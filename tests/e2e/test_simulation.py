@@ -14,13 +14,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from embedded import model as embedded_model
 from medfed import processes
 from medfed.paths import Home
 from supernode import roster
+from tests.tiny_model import save_tiny_model
 
 pytestmark = [pytest.mark.processes, pytest.mark.weights]
 
@@ -45,18 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     prepared, home = Home.from_environment(), Home(tmp_path_factory.mktemp("medfed"))
     for folder in (prepared.datasets, prepared.partitions):
         (home.root / folder.name).symlink_to(folder)
-    tokenizer = AutoTokenizer.from_pretrained(prepared.models / embedded_model.NAME)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(home.models / "tiny")
-    tokenizer.save_pretrained(home.models / "tiny")
+    save_tiny_model(home.models / "tiny", prepared.models / embedded_model.NAME)
     return home
 
 
