@@ -125,6 +125,7 @@ class Status:
         pss: bytes of memory of it and its children, shared pages divided; None if not visible.
         last_seen: last heartbeat at the SuperLink, UTC; None for the SuperLink itself.
         log: where its output goes.
+        gate: whether it was started with a site gate; None for what is no SuperNode.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Status:
     pss: int | None
     last_seen: datetime | None
     log: str
+    gate: bool | None
 
 
 @dataclass(frozen=True)
@@ -335,9 +337,16 @@ def status(home: Home) -> list[Status]:
                 pss=None if running is None else _pss(running),
                 last_seen=node.last_seen if node else None,
                 log=process.log,
+                gate=_has_gate(process, running),
             )
         )
     return found
+
+
+def _has_gate(process: Process, running: psutil.Process | None) -> bool | None:
+    if process.name in {SUPERLINK, WARM} or running is None:
+        return None
+    return "--site" in running.cmdline()
 
 
 def _is_online(process: Process, superlink_answers: bool, node: Node | None, home: Home) -> bool:
@@ -429,6 +438,7 @@ class _Start:
             *("--data", str(self._home.partitions / entry.name)),
             *("--roster", str(self._roster), "--runtime-port", str(runtime_port)),
             *(["--gpu"] if self._use_gpu else []),
+            *(["--site", str(site)] if (site := self._home.sites / entry.name).is_dir() else []),
         ]
         variables = {
             "FLWR_HOME": str(folder / "flwr"),

@@ -81,17 +81,24 @@ def verify(folder: Path, noted: str | None = None) -> Chain:
     path = folder / LOG
     content, told = _read(folder)
     *lines, rest = content.split(b"\n")
-    digests = [_NOTHING]
-    for number, line in enumerate(lines, start=1):
-        _check(path, number, line, digests[-1])
-        digests.append(hashlib.sha256(line).hexdigest())
+    claims = [_claim(path, number, line) for number, line in enumerate(lines, start=1)]
+    digests = [_NOTHING, *(hashlib.sha256(line).hexdigest() for line in lines)]
     # Each line is written before the head: a crash between the two leaves the head one behind.
     if len(lines) - told[0] not in {0, 1}:
         at = min(len(lines), told[0]) + 1
         what = f"expected {told[0]} lines as {HEAD} says, found {len(lines)}"
         raise BrokenChainError(path, at, what)
+    if told[0] == len(lines):
+        claims.append(told[1])
+    for number, claim in enumerate(claims):
+        if claim != digests[number]:
+            # Was that line changed, or what the next one says of it? Then nothing vouches for
+            # the next one either.
+            following = number + 1 < len(claims) and claims[number + 1] != digests[number + 1]
+            changed = number + 1 if following or number == 0 else number
+            raise BrokenChainError(path, changed, "expected the line as it was written")
     if digests[told[0]] != told[1]:
-        raise BrokenChainError(path, max(told[0], 1), f"expected the line that {HEAD} names")
+        raise BrokenChainError(folder / HEAD, 1, f"expected the SHA-256 of line {told[0]}")
     if noted is not None and noted not in digests[1:]:
         raise BrokenChainError(path, 1, f"expected a line with the noted head {noted}, found none")
     return Chain(len(lines), digests[-1], len(rest))
@@ -124,19 +131,16 @@ def _file(path: Path) -> bytes:
         return b""
 
 
-def _check(path: Path, number: int, line: bytes, previous: str) -> None:
+def _claim(path: Path, number: int, line: bytes) -> str:
+    """What a line says of the one before it."""
     try:
         entry = json.loads(line)
-        found, chained = entry["line"], entry["previous"]
+        found, claim = entry["line"], str(entry["previous"])
     except (ValueError, KeyError, TypeError):
         raise BrokenChainError(path, number, "expected an entry, found something else") from None
     if found != number:
         raise BrokenChainError(path, number, f"expected line {number}, found line {found}")
-    if chained != previous:
-        changed = max(number - 1, 1)
-        raise BrokenChainError(
-            path, changed, f"expected the line that line {number} was chained to"
-        )
+    return claim
 
 
 class AuditLog:
