@@ -213,7 +213,8 @@ def up(
         running, recorded = _still_running(home, port)
         if count is None and recorded is not None:
             count = len(recorded.supernodes)
-        entries = _first(roster, count)
+        out = certs.revoked_names(home.certs)
+        entries = tuple(entry for entry in _first(roster, count) if entry.name not in out)
         names = {entry.name for entry in entries}
         if running and not names.issuperset(one.name for one in running.supernodes):
             raise FederationError(
@@ -521,6 +522,7 @@ def _start_supernodes(
     public_keys = {entry.name: home.certs / "supernodes" / f"{entry.name}.pub" for entry in entries}
     progress("registering SuperNodes", 0, len(entries))
     with Control(federation.address, home.certs / "ca.crt") as control:
+        control.unregister(one.public_key.encode() for one in certs.revocations(home.certs))
         control.register(public_keys)
     progress("registering SuperNodes", len(entries), len(entries))
     running = {process.name: process for process in federation.supernodes}

@@ -1,15 +1,22 @@
 """Does the SuperLink answer? ``python -m superlink.health --ca CA`` exits 0 if so, else 1 with why.
 
-One verified TLS request to ``/health``, with the standard library only.
+One verified TLS request to ``/health``, with the standard library only. What will expire soon is
+said too: it is no reason yet to take the SuperLink for ill.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
+import socket
 import ssl
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+SOON_DAYS = 30
 
 
 def problem(host: str, port: int, ca: Path, timeout: float = 5.0) -> str | None:
@@ -31,6 +38,33 @@ def problem(host: str, port: int, ca: Path, timeout: float = 5.0) -> str | None:
     return None if status == 200 else f"SuperLink at {host}:{port}: /health answers {status}"
 
 
+def expiry(host: str, port: int, ca: Path, timeout: float = 5.0) -> list[str]:
+    """What expires within ``SOON_DAYS`` days of what a client needs, one line each.
+
+    Raises:
+        OSError: the SuperLink does not answer, or is not this CA's.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cafile=str(ca))
+    with (
+        socket.create_connection((host, port), timeout) as raw,
+        context.wrap_socket(raw, server_hostname=host) as connection,
+    ):
+        shown = connection.getpeercert() or {}
+    ends = {"the SuperLink's certificate": _end(shown)}
+    # While the CA is rotated there are two: trust ends with the later one.
+    ends["the CA"] = max(_end(one) for one in context.get_ca_certs())
+    return [
+        f"{what} ends in {int(left // 86400)} days: `medfed certs check`"
+        for what, end in ends.items()
+        if (left := end - time.time()) < SOON_DAYS * 86400
+    ]
+
+
+def _end(certificate: Mapping[str, Any]) -> float:
+    return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
+
+
 def main(argv: list[str]) -> int:
     """Print what is wrong, if anything is; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m superlink.health")
@@ -41,6 +75,8 @@ def main(argv: list[str]) -> int:
     if (trouble := problem(options.host, options.port, options.ca)) is not None:
         print(trouble, file=sys.stderr)
         return 1
+    for line in expiry(options.host, options.port, options.ca):
+        print(line)
     return 0
 
 

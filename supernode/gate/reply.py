@@ -201,7 +201,11 @@ def _size(shape: list[Any]) -> str:
     """An array's shape for the coordinator: no number with room for more than a number."""
     if len(shape) != 1:
         return f"{len(shape)} dimensions"
-    return f"{shape[0]} numbers" if type(shape[0]) is int and 0 <= shape[0] < 10**12 else "another shape"
+    return (
+        f"{shape[0]} numbers"
+        if type(shape[0]) is int and 0 <= shape[0] < 10**12
+        else "another shape"
+    )
 
 
 def _npy_header(limits: ReplyLimits) -> bytes:
