@@ -347,7 +347,10 @@ def status(home: Home) -> list[Status]:
 def _has_gate(process: Process, running: psutil.Process | None) -> bool | None:
     if process.name in {SUPERLINK, WARM} or running is None:
         return None
-    return "--site" in running.cmdline()
+    try:
+        return "--site" in running.cmdline()
+    except psutil.Error:  # it has just ended
+        return None
 
 
 def _is_online(process: Process, superlink_answers: bool, node: Node | None, home: Home) -> bool:

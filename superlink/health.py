@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import socket
 import ssl
 import sys
 import time
@@ -21,40 +20,34 @@ SOON_DAYS = 30
 
 def problem(host: str, port: int, ca: Path, timeout: float = 5.0) -> str | None:
     """What is wrong with the SuperLink at ``host:port``; None if it answers as it should."""
+    return look(host, port, ca, timeout)[0]
+
+
+def look(host: str, port: int, ca: Path, timeout: float = 5.0) -> tuple[str | None, list[str]]:
+    """What is wrong, and a line for each certificate with less than ``SOON_DAYS`` days left."""
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(cafile=str(ca))
         connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=context)
         try:
             connection.request("GET", "/health")
+            shown = connection.sock.getpeercert() or {}
             status = connection.getresponse().status
         finally:
             connection.close()
     except ssl.SSLCertVerificationError as error:
-        return f"SuperLink at {host}:{port}: {error.verify_message}"
+        return f"SuperLink at {host}:{port}: {error.verify_message}", []
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "strerror", None) or error
-        return f"SuperLink at {host}:{port}: {reason}"
-    return None if status == 200 else f"SuperLink at {host}:{port}: /health answers {status}"
-
-
-def expiry(host: str, port: int, ca: Path, timeout: float = 5.0) -> list[str]:
-    """What expires within ``SOON_DAYS`` days of what a client needs, one line each.
-
-    Raises:
-        OSError: the SuperLink does not answer, or is not this CA's.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(cafile=str(ca))
-    with (
-        socket.create_connection((host, port), timeout) as raw,
-        context.wrap_socket(raw, server_hostname=host) as connection,
-    ):
-        shown = connection.getpeercert() or {}
-    ends = {"the SuperLink's certificate": _end(shown)}
-    # While the CA is rotated there are two: trust ends with the later one.
-    ends["the CA"] = max(_end(one) for one in context.get_ca_certs())
-    return [
+        return f"SuperLink at {host}:{port}: {reason}", []
+    if status != 200:
+        return f"SuperLink at {host}:{port}: /health answers {status}", []
+    ends = {
+        "the SuperLink's certificate": _end(shown),
+        # While the CA is rotated there are two: trust ends with the later one.
+        "the CA": max(_end(one) for one in context.get_ca_certs()),
+    }
+    return None, [
         f"{what} ends in {int(left // 86400)} days: `medfed certs check`"
         for what, end in ends.items()
         if (left := end - time.time()) < SOON_DAYS * 86400
@@ -72,10 +65,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--host", default="localhost", help="a name in the SuperLink's certificate")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args(argv)
-    if (trouble := problem(options.host, options.port, options.ca)) is not None:
+    trouble, soon = look(options.host, options.port, options.ca)
+    if trouble is not None:
         print(trouble, file=sys.stderr)
         return 1
-    for line in expiry(options.host, options.port, options.ca):
+    for line in soon:
         print(line)
     return 0
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import os
 import shutil
 import signal
@@ -65,6 +66,7 @@ _SAID = {
     ErrorCode.CLIENT_APP_CRASHED: "the ClientApp stopped responding",
 }
 _ERROR_CHARACTERS = 500
+_NOTED_CHARACTERS = 1000
 # Flower works on one message at a time; a few more may have failed before they could be answered.
 _OPEN_QUESTIONS = 16
 
@@ -164,7 +166,7 @@ class Gate:
             "run": run_id,
             "fab": sha256,
             "bytes": len(fab.content),
-            "overrides": dict(run.override_config),
+            "overrides": _cut(json.dumps(dict(run.override_config))),
         }
         try:
             approval = self._check_fab(fab, sha256, run)
@@ -304,9 +306,14 @@ def _about(message: Message) -> dict[str, Any]:
     return {
         "run": about.run_id,
         "message": about.message_id,
-        "type": about.message_type,
-        "round": about.group_id,
+        "type": _cut(about.message_type),
+        "round": _cut(about.group_id),
     }
+
+
+def _cut(text: str) -> str:
+    """What the coordinator wrote, in a length that a line of the log should have."""
+    return text if len(text) <= _NOTED_CHARACTERS else f"{text[:_NOTED_CHARACTERS]}…"
 
 
 def _identified(message: Message) -> Message:

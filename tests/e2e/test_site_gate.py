@@ -394,7 +394,7 @@ def test_a_certificate_is_renewed_while_a_round_runs(gated):
         30,
         lambda: (gated.home.superlink / "superlink.log").read_text()[-2000:],
     )
-    assert health.expiry("127.0.0.1", gated.port, gated.home.certs / "ca.crt") == []
+    assert health.look("127.0.0.1", gated.port, gated.home.certs / "ca.crt") == (None, [])
     waiting.unlink()
     assert gated.finish(*run) == [dict.fromkeys(NAMES, GOOD)]
 

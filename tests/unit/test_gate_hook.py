@@ -141,7 +141,7 @@ def test_an_approved_fab_is_handed_on(hospital, superlink, fab):
     fact = hospital.log()[1]
     assert (fact["event"], fact["decision"], fact["approved-by"]) == ("fab", "allowed", "Dr. A")
     assert (fact["fab"], fact["bytes"]) == (run.fab_hash, len(fab))
-    assert fact["overrides"] == {"rounds": 1}
+    assert fact["overrides"] == '{"rounds": 1}'
 
 
 @pytest.mark.parametrize(
