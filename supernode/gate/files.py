@@ -9,20 +9,21 @@ from pathlib import Path
 from ..errors import SuperNodeError
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write ``path`` (0600) so that a reader sees the old file or the new one.
+def write(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Write ``path`` so that a reader sees the old file or the new one.
 
     Raises:
         SuperNodeError: it cannot be written.
     """
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "wb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
+            Path(name).chmod(mode)
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)

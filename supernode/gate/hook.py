@@ -19,6 +19,7 @@ import os
 import shutil
 import signal
 import threading
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -186,7 +187,11 @@ class Gate:
         if run.fab_hash != sha256:
             raise RefusedError("the run names another FAB than the one that was sent")
         # Flower looks the code up by what the coordinator says of it, not by what is in the FAB.
-        if (run.fab_id, run.fab_version) != get_fab_metadata(fab.content):
+        try:
+            named = get_fab_metadata(fab.content)
+        except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise RefusedError("the FAB cannot be read", repr(error)) from None
+        if (run.fab_id, run.fab_version) != named:
             raise RefusedError("the run names the FAB otherwise than the FAB itself")
         if run.primary_task_type == TaskType.AGENT_APP:
             raise RefusedError("agents do not run here")

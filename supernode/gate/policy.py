@@ -27,6 +27,8 @@ from .files import write
 FILE_NAME = "policy.toml"
 DTYPES = {"float16": 2, "float32": 4, "float64": 8}
 
+_READABLE = 0o644  # no secret, and a SuperNode may run as another user
+
 # The adapter of the reference entry: LoRA r=8 on q_proj and v_proj of SmolLM2-135M.
 REFERENCE_PARAMETERS = 460_800
 # What app/client_app.py says of a round.
@@ -172,7 +174,7 @@ def create(path: Path, name: str, parameters: int = REFERENCE_PARAMETERS) -> Non
         max_bytes=parameters * DTYPES["float32"] + _ENVELOPE_BYTES,
         metrics="\n".join(f'    "{metric}",' for metric in REFERENCE_METRICS),
     )
-    write(path, text.encode("utf-8"))
+    write(path, text.encode("utf-8"), _READABLE)
 
 
 def approve(path: Path, approval: Approval) -> bool:
@@ -190,7 +192,7 @@ def approve(path: Path, approval: Approval) -> bool:
         "note": approval.note,
     }
     added = tomli_w.dumps({"fab": [entry]}).encode("utf-8")
-    write(path, _read(path).rstrip(b"\n") + b"\n\n" + added.lstrip(b"\n"))
+    write(path, _read(path).rstrip(b"\n") + b"\n\n" + added.lstrip(b"\n"), _READABLE)
     return True
 
 

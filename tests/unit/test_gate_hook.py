@@ -144,6 +144,13 @@ def test_an_approved_fab_is_handed_on(hospital, superlink, fab):
     assert fact["overrides"] == '{"rounds": 1}'
 
 
+def test_an_approved_file_that_is_no_fab_is_refused(tmp_path):
+    superlink = SuperLink(b"no fab")
+    with pytest.raises(RunNotRunningException):
+        Hospital(tmp_path, superlink, b"no fab").ask()
+    assert "the FAB cannot be read" in superlink.sent[0].error.reason
+
+
 @pytest.mark.parametrize(
     ("run", "approve", "reason"),
     [
