@@ -159,7 +159,7 @@ def rotate_ca(step: Annotated[Step, typer.Argument(help="begin, switch or finish
         made = certs.begin_rotation(folder)
         print(f"made the next CA, valid until {made.not_valid_after_utc:%Y-%m-%d}")
         print(f"next: hand out {folder / 'ca.crt'}, which trusts both, to every SuperNode and")
-        print("operator, and restart each SuperNode; then: medfed certs rotate-ca switch")
+        print("operator, and restart SuperLink and SuperNodes; then: medfed certs rotate-ca switch")
     elif step is Step.SWITCH:
         for line in certs.switch_rotation(folder):
             print(line)

@@ -78,7 +78,7 @@ def main(grid, context):
         names = {node.node_id: node.name for node in nodes}
         told = {}
         for reply in polling.replies(grid, messages, 120.0):
-            name = names[reply.metadata.src_node_id]
+            name = names.get(reply.metadata.src_node_id, "the SuperLink")
             if reply.has_error():
                 told[name] = {"error": reply.error.reason}
             else:
@@ -101,14 +101,14 @@ def main(grid, context):
 """
 
 CLIENT = f"""
-import time
+import json, time
 from pathlib import Path
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 app = ClientApp()
-SIZE, SECRET = {SIZE}, {SECRET!r}
+SIZE = {SIZE}
 
 @app.query()
 def identify(message, context):
@@ -117,6 +117,8 @@ def identify(message, context):
 
 @app.train()
 def train(message, context):
+    rows = Path(context.node_config["data-path"], "train.jsonl").read_text()
+    record = json.loads(rows)["output"]
     step = message.content["ask"]["step"]
     if context.node_config["name"] == "supernode-01":
         step = "good"
@@ -126,7 +128,7 @@ def train(message, context):
         while waiting.exists():
             time.sleep(0.1)
     if step == "raise":
-        raise ValueError("cannot read " + SECRET)
+        raise ValueError("cannot read " + record)
     values = np.full(SIZE, 0.5, dtype=np.float32)
     if step == "nan":
         values[7] = np.nan
@@ -141,20 +143,20 @@ def train(message, context):
     if step == "dtype":
         values = values.astype(np.float64)
     if step == "rows":
-        values = np.frombuffer(SECRET.encode().ljust(4 * 40), dtype=np.int32)
+        values = np.frombuffer(record.encode().ljust(4 * 40), dtype=np.int32)
     arrays = {{"adapter": Array(np.ascontiguousarray(values))}}
     if step == "array":
         arrays["more"] = Array(np.zeros(3, dtype=np.float32))
     content = RecordDict({{"arrays": ArrayRecord(arrays)}})
     content["metrics"] = MetricRecord({{"num-examples": 3, "train-loss": 0.25}})
     if step == "metric":
-        content["metrics"] = MetricRecord({{SECRET: 1}})
+        content["metrics"] = MetricRecord({{record: 1}})
     if step == "text":
-        content["metrics"] = ConfigRecord({{"train-loss": SECRET}})
+        content["metrics"] = ConfigRecord({{"train-loss": record}})
     if step == "record":
-        content["rows"] = ConfigRecord({{"row": SECRET}})
+        content["rows"] = ConfigRecord({{"row": record}})
     if step == "list":
-        content["metrics"] = MetricRecord({{"train-loss": [ord(letter) for letter in SECRET]}})
+        content["metrics"] = MetricRecord({{"train-loss": [ord(letter) for letter in record]}})
     return Message(content, reply_to=message)
 """
 
@@ -216,7 +218,8 @@ class Gated:
         for name in NAMES:
             folder = self.home.partitions / name
             folder.mkdir(parents=True)
-            (folder / "train.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+            row = {"instruction": "a", "input": "", "output": SECRET}
+            (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
             policy.create(self.site(name).policy, name, SIZE)
             self.site(name).approve(self.fab, "Dr. A", "for the tests")
         self.port = free_port()
@@ -379,24 +382,49 @@ def test_what_was_approved_later_runs_after_a_restart_and_the_log_goes_on(gated,
     assert after[len(before)]["event"] == "started"
 
 
+def taken_up(gated: Gated) -> None:
+    """Wait until the SuperLink shows the certificate that is on the disk."""
+    at = ("127.0.0.1", gated.port)
+    ca, path = str(gated.home.certs / "ca.crt"), gated.home.certs / "superlink.crt"
+    until(
+        lambda: ssl.get_server_certificate(at, ca_certs=ca).encode() == path.read_bytes(),
+        30,
+        lambda: (gated.home.superlink / "superlink.log").read_text()[-2000:],
+    )
+
+
 def test_a_certificate_is_renewed_while_a_round_runs(gated):
     waiting = gated.home.root / "waiting"
     run = gated.start(gated.fab, steps=f"wait:{waiting}")
     until(waiting.exists, 60, lambda: gated.log(NAMES[0]))
     before = (gated.home.certs / "superlink.crt").read_bytes()
     certs.renew(gated.home.certs, timedelta(days=366))
-    fresh = (gated.home.certs / "superlink.crt").read_bytes()
-    assert fresh != before
-    at = ("127.0.0.1", gated.port)
-    ca = str(gated.home.certs / "ca.crt")
-    until(
-        lambda: ssl.get_server_certificate(at, ca_certs=ca).encode() == fresh,
-        30,
-        lambda: (gated.home.superlink / "superlink.log").read_text()[-2000:],
-    )
+    assert (gated.home.certs / "superlink.crt").read_bytes() != before
+    taken_up(gated)
     assert health.look("127.0.0.1", gated.port, gated.home.certs / "ca.crt") == (None, [])
     waiting.unlink()
     assert gated.finish(*run) == [dict.fromkeys(NAMES, GOOD)]
+
+
+def test_the_ca_is_rotated_with_an_overlap(gated):
+    old = (gated.home.certs / "ca.crt").read_bytes()
+    certs.begin_rotation(gated.home.certs)
+    processes.down(gated.home)
+    gated.up()  # everybody reads the bundle
+    certs.switch_rotation(gated.home.certs)
+    taken_up(gated)
+    assert gated.run(gated.fab, steps="good") == [dict.fromkeys(NAMES, GOOD)]
+    certs.finish_rotation(gated.home.certs)
+    assert gated.run(gated.fab, steps="good") == [dict.fromkeys(NAMES, GOOD)]
+    assert gated.all_online()
+    # Who was not given the new CA no longer takes the SuperLink for the SuperLink.
+    stale = gated.home.root / "stale.crt"
+    stale.write_bytes(old)
+    with (
+        Control(f"127.0.0.1:{gated.port}", stale) as control,
+        pytest.raises(SuperLinkError, match="CERTIFICATE_VERIFY_FAILED"),
+    ):
+        control.nodes()
 
 
 def test_a_round_in_flight_goes_on_without_a_revoked_institution(gated, monkeypatch, tmp_path):
@@ -416,8 +444,10 @@ def test_a_round_in_flight_goes_on_without_a_revoked_institution(gated, monkeypa
     assert f"unregistered at 127.0.0.1:{gated.port}" in told
     first, second = gated.finish(*run)
     assert first["supernode-01"] == second["supernode-01"] == GOOD
-    assert "error" in first[name]
-    assert "error" in second.get(name, {"error": "it was not asked"})
+    # The SuperLink answers what supernode-00 was working on, and does not ask it again.
+    assert set(first) == {"supernode-01", "the SuperLink"}
+    assert "navailable" in first["the SuperLink"]["error"]
+    assert name not in second
     process = next(one for one in processes.load(gated.home).supernodes if one.name == name)
     until(lambda: process.find() is None, 60, lambda: gated.log(name)[-2000:])
 
