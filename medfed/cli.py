@@ -23,6 +23,7 @@ from medfed.commands import (
     prepare,
     report,
     run,
+    site,
     submit,
 )
 
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.add_typer(certs.app, name="certs")
 app.add_typer(compose.app, name="compose")
 app.add_typer(data.app, name="data")
+app.add_typer(site.app, name="site")
 app.command("prepare")(prepare.prepare)
 app.command("up")(federation.up)
 app.command("status")(federation.status)
