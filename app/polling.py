@@ -42,6 +42,7 @@ def replies(
     messages: Iterable[Message],
     timeout: float,
     *,
+    on_push: Callable[[list[str]], None] = lambda message_ids: None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Message]:
@@ -51,6 +52,7 @@ def replies(
         grid: Flower's grid, or anything with its two methods.
         messages: what to send, one message per node.
         timeout: seconds after which no more replies are waited for.
+        on_push: told the messages' ids, in their order, before the first reply.
         clock: monotonic seconds.
         sleep: what sleeps.
 
@@ -59,7 +61,9 @@ def replies(
         message was refused.
     """
     end = clock() + timeout
-    missing = {message_id for message_id in grid.push_messages(list(messages)) if message_id}
+    pushed = list(grid.push_messages(list(messages)))
+    on_push(pushed)
+    missing = {message_id for message_id in pushed if message_id}
     pauses = waits()
     while missing:
         asked = clock()

@@ -40,6 +40,7 @@ class SeededSampling(FedAvg):
         self.seed = seed
         self.sample_size = sample_size
         self.asked: dict[int, str] = {}
+        self._by_message: dict[str, str] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -57,9 +58,17 @@ class SeededSampling(FedAvg):
         """Replies by name of institution: floating-point sums depend on their order."""
         return sorted(replies, key=self.name_of)
 
+    def sent(self, message_ids: list[str]) -> None:
+        """Note the ids of this round's messages, in the order of ``asked``."""
+        self._by_message = dict(zip(message_ids, self.asked.values(), strict=True))
+
     def name_of(self, reply: Message) -> str:
-        """The institution that sent ``reply``."""
-        return self.asked.get(reply.metadata.src_node_id, f"node {reply.metadata.src_node_id}")
+        """The institution that ``reply`` is of.
+
+        By what it replies to: for one that is gone, the SuperLink answers in its own name.
+        """
+        asked = reply.metadata.reply_to_message_id
+        return self._by_message.get(asked, f"node {reply.metadata.src_node_id}")
 
 
 class SeededFedAvg(SeededSampling, FedAvg):
@@ -100,7 +109,8 @@ def run_round(
     record.event("round-started", round=server_round, institutions=names)
     log(INFO, "[ROUND %d] training at %s", server_round, ", ".join(names))
 
-    replies = strategy.in_order(polling.replies(grid, messages, ROUND_TIMEOUT_S))
+    arrived = polling.replies(grid, messages, ROUND_TIMEOUT_S, on_push=strategy.sent)
+    replies = strategy.in_order(arrived)
     good = [reply for reply in replies if not reply.has_error()]
     for reply in replies:
         _note(reply, strategy.name_of(reply), server_round, record, manifest)

@@ -37,6 +37,7 @@ REFERENCE_METRICS = (
     "train-loss",
     "train-seconds",
     "total-seconds",
+    "partition-fingerprint",
     "peak-memory-bytes",
     "slice-memory-bytes",
     "threads",

@@ -208,6 +208,20 @@ def test_an_institution_that_fails_is_named_and_the_round_goes_on(tmp_path):
     assert [(e["institution"], e["reason"]) for e in failed] == [("supernode-00", "no cards")]
 
 
+def test_an_error_in_the_superlinks_own_name_is_still_told_of_the_institution(tmp_path):
+    def train(name, message):
+        if name == "supernode-01":
+            gone = Message(Error(code=3, reason="node unavailable"), reply_to=message)
+            gone.metadata.__dict__["_src_node_id"] = 1  # the SuperLink's
+            return gone
+        return reply(message, [1, 1, 1])
+
+    _, events = run(FakeGrid(NAMES[:2], train=train), tmp_path)
+    failed = [event["institution"] for event in events if event["event"] == "reply-failed"]
+    assert failed == ["supernode-01"]
+    assert not [event for event in events if event["event"] == "reply-missing"]
+
+
 def test_a_round_without_a_single_reply_ends_the_run_with_the_names(tmp_path, monkeypatch):
     monkeypatch.setattr("app.rounds.ROUND_TIMEOUT_S", 0.0)
     grid = FakeGrid(NAMES[:2], train=lambda n, m: None)
