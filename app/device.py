@@ -40,8 +40,7 @@ def precision_for(device: torch.device) -> Precision:
     """The precision of a device: bfloat16 on a GPU that has units for it, float32 elsewhere.
 
     A CPU always gets float32, also one with bfloat16 units (AMX, AVX512-BF16): a fixed rule gives
-    the same numbers on every institution's machine. On a Xeon with AMX a whole step in bfloat16
-    showed no clear gain, measured on a busy machine (docs/training.md).
+    the same numbers on every institution's machine, and the losses of the reference.
     """
     if device.type != "cuda":
         return Precision(torch.float32, "a CPU repeats it bit for bit")

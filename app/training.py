@@ -43,9 +43,9 @@ ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
 WEIGHT_DECAY = 0.0
 
-# Tokens in one forward pass. On a CPU 512 was no clearly faster and took 0.4 GB more (135M); the
-# figure for a GPU is an estimate.
-MICRO_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
+# Tokens in one forward pass: more are a little quicker and take more memory. For a CPU tried out
+# (`python -m benchmarks.training --micro-batch-tokens N`), for a GPU an estimate.
+MICRO_BATCH_TOKENS = {"cpu": 384, "cuda": 2048}
 
 # Rows of logits alive at once; a row of SmolLM2's vocabulary is 192 KiB.
 LOGIT_ROWS = {"cpu": 64, "cuda": 512}
