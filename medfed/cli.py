@@ -20,6 +20,7 @@ from medfed.commands import (
     federation,
     prepare,
     run,
+    tunnel,
 )
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ app.command("up")(federation.up)
 app.command("status")(federation.status)
 app.command("down")(federation.down)
 app.command("connect")(connect.connect)
+app.command("tunnel")(tunnel.tunnel)
 app.command("run")(run.run)
 app.command("demo")(demo.demo)
 app.command("evaluate")(evaluate.evaluate)
