@@ -33,7 +33,7 @@ def issue(folder: Path, name: str) -> Path:
     """
     if not _NAME.fullmatch(name):
         raise CertsError(
-            f"expected an operator's name of letters, digits, '.', '_', '@' and '-', found {name!r}",
+            f"expected an operator's name of letters, digits and '._@-', found {name!r}",
             "for example medfed certs operator alice@example.org",
         )
     ca_pem, ca_key_pem = files.read(folder / "ca.crt"), files.read_private(folder / "ca.key")

@@ -1,8 +1,8 @@
 """The federation's CA and the SuperLink's certificate.
 
 SuperNodes and the ``flwr`` command trust this CA and nothing else; it signs the SuperLink's
-certificate and those of operators elsewhere. SuperNodes have key pairs instead of certificates (``certs.keys``): that is how Flower
-authenticates them.
+certificate and those of operators elsewhere. SuperNodes have key pairs instead of certificates
+(``certs.keys``): that is how Flower authenticates them.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def hand_out(home: Home, names: Iterable[str], volumes: Volumes) -> int:
 
     A SuperNode gets its key pair, the CA's certificate and its partition (``data/``). The SuperLink
     gets its certificate, that certificate's key and the CA's certificate. Public are the CA's
-    certificate and the SuperNodes' public keys. The CA's key goes nowhere.
+    certificate and the public keys of these SuperNodes and no others. The CA's key goes nowhere.
 
     Returns:
         How many files were written or replaced.
@@ -51,6 +51,10 @@ def hand_out(home: Home, names: Iterable[str], volumes: Volumes) -> int:
         HandOutError: a key, a certificate or a partition is missing.
     """
     ca = home.certs / "ca.crt"
+    names = tuple(names)
+    for stale in (volumes.public / "supernodes").glob("*.pub"):
+        if stale.stem not in names:
+            stale.unlink()  # the gateway lets in whose key lies here
     written = _lay(ca, volumes.public / "ca.crt", _PUBLIC)
     written += _lay(ca, volumes.superlink / "ca.crt", _PUBLIC)
     written += _lay(home.certs / "superlink.crt", volumes.superlink / "superlink.crt", _PUBLIC)

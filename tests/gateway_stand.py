@@ -211,9 +211,7 @@ def _gateway(place: Stand, superlink: int) -> Iterator[None]:
     for listener in _LISTENERS:
         command += [f"--{listener}", f"127.0.0.1:{place.ports[listener]}"]
     with place.log.open("ab") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=Path(__file__).parents[1]
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(__file__).parents[1])
     try:
         until(lambda: _listens(place, process), place.tail)
         yield

@@ -1,4 +1,4 @@
-"""``medfed tunnel``: the ``flwr`` command on an operator's own machine, with a client certificate."""
+"""``medfed tunnel``: the ``flwr`` command on an operator's machine, with a client certificate."""
 
 from __future__ import annotations
 

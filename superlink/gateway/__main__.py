@@ -22,6 +22,7 @@ from .config import Settings, render
 
 _LOOK_S = 1.0
 _STOP_S = 5.0
+ADDRESS = "HOST:PORT"
 Stamp = tuple[tuple[str, int, int], ...]
 
 
@@ -34,8 +35,9 @@ def parse(argv: list[str]) -> Settings:
     parser = argparse.ArgumentParser(
         prog="python -m superlink.gateway", description="Run the gateway in front of a SuperLink."
     )
-    where = {"metavar": "HOST:PORT"}
-    parser.add_argument("--superlink", required=True, help="the SuperLink's address", **where)
+    parser.add_argument(
+        "--superlink", required=True, help="the SuperLink's address", metavar=ADDRESS
+    )
     parser.add_argument(
         "--superlink-name", help="the name in its certificate (default: the host of its address)"
     )
@@ -43,13 +45,17 @@ def parse(argv: list[str]) -> Settings:
     parser.add_argument("--key", required=True, type=Path, help="the certificate's private key")
     parser.add_argument("--ca", required=True, type=Path, help="the federation's CA certificate")
     parser.add_argument("--scratch", required=True, type=Path, help="a folder to write in")
-    parser.add_argument("--fleet", help="where institutions are listened to", **where)
+    parser.add_argument("--fleet", help="where institutions are listened to", metavar=ADDRESS)
     parser.add_argument("--public-keys", type=Path, help="folder with each institution's NAME.pub")
-    parser.add_argument("--operator", help="where this machine's operator is listened to", **where)
     parser.add_argument(
-        "--remote-operator", help="where operators with a client certificate are", **where
+        "--operator", help="where this machine's operator is listened to", metavar=ADDRESS
     )
-    parser.add_argument("--health", help="where the health check asks", **where)
+    parser.add_argument(
+        "--remote-operator",
+        help="where operators with a client certificate are listened to",
+        metavar=ADDRESS,
+    )
+    parser.add_argument("--health", help="where the health check asks", metavar=ADDRESS)
     options = parser.parse_args(argv)
     if not (options.fleet or options.operator or options.remote_operator):
         raise SuperLinkError(

@@ -98,3 +98,11 @@ def test_what_is_missing_is_named_with_the_verb_that_makes_it(
         hand_out(home, NAMES, volumes)
     assert str(Path(missing).parent) in str(caught.value)
     assert hint in caught.value.hint
+
+
+def test_the_key_of_an_institution_that_has_gone_does_not_stay(
+    home: Home, volumes: Volumes
+) -> None:
+    hand_out(home, NAMES, volumes)
+    hand_out(home, NAMES[:1], volumes)
+    assert [path.stem for path in (volumes.public / "supernodes").iterdir()] == [NAMES[0]]

@@ -134,7 +134,13 @@ def test_only_what_the_fleet_api_reads_arrives_each_once(fresh: Stand) -> None:
     ((_, value),) = [h for h in fresh.arrived[0].headers if h[0].lower() == "flwr-public-key"]
     assert value == key, "what the gateway looked at is what the SuperLink gets"
     names = sorted(name.lower() for name, _ in fresh.arrived[0].headers)
-    assert names == ["content-length", "flwr-public-key", "flwr-signature", "flwr-timestamp", "host"]
+    assert names == [
+        "content-length",
+        "flwr-public-key",
+        "flwr-signature",
+        "flwr-timestamp",
+        "host",
+    ]
 
 
 @needs_nginx
@@ -158,11 +164,11 @@ def test_a_request_cannot_smuggle_a_second_one(fresh: Stand, framing: str) -> No
 
 
 @needs_nginx
-def test_a_body_is_taken_up_to_64_mb_and_not_beyond(fresh: Stand) -> None:
-    assert fresh.fleet(body=bytes(20 * MB)).status == 200
+def test_a_body_is_taken_up_to_16_mb_and_not_beyond(fresh: Stand) -> None:
+    assert fresh.fleet(body=bytes(15 * MB)).status == 200
     fresh.arrived.clear()
     head = f"POST {FLEET} HTTP/1.1\r\nHost: x\r\nflwr-public-key: {fresh.key(NAMES[0])}\r\n"
-    said_beforehand = fresh.raw("fleet", f"{head}Content-Length: {64 * MB + 1}\r\n\r\n".encode())
+    said_beforehand = fresh.raw("fleet", f"{head}Content-Length: {16 * MB + 1}\r\n\r\n".encode())
     assert b" 413 " in said_beforehand
     assert not fresh.arrived
 
@@ -184,7 +190,7 @@ def test_a_body_without_an_end_is_cut_off_and_never_arrives(fresh: Stand) -> Non
         connection.send(chunk)
         sent += 1
     assert connection.getresponse().status == 413
-    assert 64 <= sent < 200
+    assert 16 <= sent < 200
     connection.close()
     assert not fresh.arrived
 
@@ -440,7 +446,9 @@ def test_two_institutions_with_one_key_are_both_named(tmp_path: Path) -> None:
     certs.issue(tmp_path, ["a"])
     folder = tmp_path / "supernodes"
     (folder / "b.pub").write_bytes((folder / "a.pub").read_bytes())
-    with pytest.raises(SuperLinkError, match=r"expected a key of its own in .*b\.pub, found that of a"):
+    with pytest.raises(
+        SuperLinkError, match=r"expected a key of its own in .*b\.pub, found that of a"
+    ):
         keys.institutions(folder)
 
 

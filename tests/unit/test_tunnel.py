@@ -54,9 +54,12 @@ def test_flowers_client_gets_through_and_the_gateway_knows_who_it_was(
         assert address in (tmp_path / "flwr" / "config.toml").read_text()
         near_ca = (tmp_path / "tunnel" / "ca.crt").read_bytes()
         gateway.arrived.clear()
-        with ControlHttpClient.from_server_address(
-            address, insecure=False, root_certificates=near_ca, interceptors=[]
-        ) as client, pytest.raises(ValueError, match="Invalid protobuf response"):
+        with (
+            ControlHttpClient.from_server_address(
+                address, insecure=False, root_certificates=near_ca, interceptors=[]
+            ) as client,
+            pytest.raises(ValueError, match="Invalid protobuf response"),
+        ):
             client.ListNodes(ListNodesRequest())  # the stand-in behind the gateway speaks JSON
         assert [request.path for request in gateway.arrived] == [CONTROL]
         until(lambda: gateway.said('"operator":"alice"'), gateway.tail)
@@ -80,7 +83,9 @@ def test_another_federations_gateway_is_not_talked_to(gateway: Stand, tmp_path: 
     certs.issue(tmp_path / "other", ())
     alice = operators.issue(tmp_path / "other", "alice")
     port = gateway.ports["remote-operator"]
-    way = Route(f"localhost:{port}", tmp_path / "other" / "ca.crt", alice, alice.with_suffix(".key"))
+    way = Route(
+        f"localhost:{port}", tmp_path / "other" / "ca.crt", alice, alice.with_suffix(".key")
+    )
     gateway.arrived.clear()
     with pytest.raises(TunnelError, match="certificate verify failed"):
         tunnel.check(way)
@@ -90,7 +95,7 @@ def test_another_federations_gateway_is_not_talked_to(gateway: Stand, tmp_path: 
 def test_a_key_of_another_certificate_is_said(gateway: Stand) -> None:
     alice = operators.issue(gateway.pki, "alice")
     way = Route("localhost:1", gateway.pki / "ca.crt", alice, gateway.pki / "superlink.key")
-    with pytest.raises(TunnelError, match="medfed certs operator|with its key"):
+    with pytest.raises(TunnelError, match=r"with its key .*found: "):
         way.context()
 
 
