@@ -20,6 +20,7 @@ from superlink.errors import SuperLinkError
 from superlink.gateway import keys
 from superlink.gateway.__main__ import main, parse
 from superlink.gateway.config import UNKNOWN_KEY
+from supernode import enrolment
 from tests.gateway_stand import CONTROL, FLEET, NAMES, Stand, needs_nginx, stand, until
 
 MB = 1 << 20
@@ -119,6 +120,10 @@ def test_a_key_that_is_no_institutions_is_refused_at_the_gateway(fresh: Stand) -
         answer = fresh.ask("fleet", FLEET, headers={"flwr-public-key": value})
         assert (answer.status, answer.body.strip()) == (401, UNKNOWN_KEY)
     assert not fresh.arrived
+
+
+def test_a_supernode_knows_what_the_gateway_says_to_an_unknown_key() -> None:
+    assert enrolment.UNKNOWN_KEY == UNKNOWN_KEY
 
 
 @needs_nginx
@@ -373,7 +378,7 @@ def test_a_superlink_that_cannot_prove_itself_gets_no_request(
     with stand(serve) as place:
         assert place.fleet().status == 502
         assert not place.arrived
-        assert re.search(reason, place.log.read_text())
+        until(lambda: bool(re.search(reason, place.log.read_text())), place.tail)
 
 
 # --- while it runs ---
