@@ -1,8 +1,8 @@
 """The federation's CA and the SuperLink's certificate.
 
-SuperNodes and the ``flwr`` command trust this CA and nothing else; it signs the SuperLink's
-certificate and those of operators elsewhere. SuperNodes have key pairs instead of certificates
-(``certs.keys``): that is how Flower authenticates them.
+SuperNodes and the ``flwr`` command trust this CA and nothing else; it signs one certificate, the
+SuperLink's. SuperNodes have key pairs instead of certificates (``certs.keys``): that is how Flower
+authenticates them.
 """
 
 from __future__ import annotations
@@ -29,13 +29,10 @@ CA_LIFETIME = timedelta(days=5 * 365)
 SUPERLINK_LIFETIME = timedelta(days=365)
 # A certificate is renewed when less than this is left of it: time to hand it out.
 RENEWAL = timedelta(days=30)
-# Nothing revokes an operator's certificate: it is short instead.
-OPERATOR_LIFETIME = timedelta(days=90)
 # Clocks of hospitals differ; a fresh certificate must not be "not yet valid" at one of them.
 _CLOCK_SKEW = timedelta(minutes=5)
 
-# In the containers the gateway in front of the SuperLink answers with its certificate.
-DEFAULT_SANS = ("localhost", "127.0.0.1", "::1", "superlink", "gateway", "operator")
+DEFAULT_SANS = ("localhost", "127.0.0.1", "::1", "superlink")
 
 _KEY_USAGES = (
     "digital_signature",
@@ -98,42 +95,11 @@ def new_superlink_certificate(
     builder = builder.add_extension(
         x509.SubjectAlternativeName([general_name(san) for san in sans]), critical=False
     )
-    return _leaf(builder, ca, ca_key, ExtendedKeyUsageOID.SERVER_AUTH)
-
-
-def new_operator_certificate(
-    key: ec.EllipticCurvePrivateKey,
-    ca: x509.Certificate,
-    ca_key: ec.EllipticCurvePrivateKey,
-    operator: str,
-    *,
-    not_before: datetime | None = None,
-    lifetime: timedelta = OPERATOR_LIFETIME,
-) -> x509.Certificate:
-    """A TLS client certificate of the operator role, in the name of ``operator``.
-
-    The role is the organizational unit; the gateway reads it there (superlink/gateway/conf).
-    """
-    name = x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "medfed"),
-            x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, "operator"),
-            x509.NameAttribute(NameOID.COMMON_NAME, operator),
-        ]
-    )
-    builder = _builder(name, ca.subject, key.public_key(), not_before, lifetime)
-    return _leaf(builder, ca, ca_key, ExtendedKeyUsageOID.CLIENT_AUTH)
-
-
-def _leaf(
-    builder: x509.CertificateBuilder,
-    ca: x509.Certificate,
-    ca_key: ec.EllipticCurvePrivateKey,
-    purpose: x509.ObjectIdentifier,
-) -> x509.Certificate:
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), True)
     builder = builder.add_extension(_key_usage("digital_signature"), critical=True)
-    builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+    builder = builder.add_extension(
+        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
+    )
     builder = builder.add_extension(
         x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
             ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value

@@ -37,18 +37,6 @@ def issue(
         print(f"Nothing to do: everything in {folder} is there and valid.")
 
 
-@app.command("operator")
-def operator(
-    name: Annotated[str, typer.Argument(help="Who it is for; the gateway's log names them.")],
-) -> None:
-    """Issue a client certificate for an operator who works on another machine."""
-    from certs import operators
-    from medfed.paths import Home
-
-    place = operators.issue(Home.from_environment().certs, name)
-    print(f"{place}\n{place.with_suffix('.key')}")
-
-
 @app.command("show")
 def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
