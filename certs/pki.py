@@ -1,8 +1,9 @@
-"""The federation's CA and the SuperLink's certificate.
+"""The federation's CA, the SuperLink's certificate and the operator's.
 
-SuperNodes and the ``flwr`` command trust this CA and nothing else; it signs one certificate, the
-SuperLink's. SuperNodes have key pairs instead of certificates (``certs.keys``): that is how Flower
-authenticates them.
+SuperNodes and the ``flwr`` command trust this CA and nothing else. It signs two certificates: the
+SuperLink's, a server's, and the operator's, a client's, which a gateway asks for where the Control
+API is reached from elsewhere. SuperNodes have key pairs instead of certificates (``certs.keys``):
+that is how Flower authenticates them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
+    PublicFormat,
     load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -27,12 +29,16 @@ from .errors import CertsError
 
 CA_LIFETIME = timedelta(days=5 * 365)
 SUPERLINK_LIFETIME = timedelta(days=365)
+OPERATOR_LIFETIME = timedelta(days=365)
+# The subject's organisational unit by which a gateway knows an operator.
+OPERATOR_UNIT = "operator"
 # A certificate is renewed when less than this is left of it: time to hand it out.
 RENEWAL = timedelta(days=30)
 # Clocks of hospitals differ; a fresh certificate must not be "not yet valid" at one of them.
 _CLOCK_SKEW = timedelta(minutes=5)
 
-DEFAULT_SANS = ("localhost", "127.0.0.1", "::1", "superlink")
+# In the containers the gateways in front of the SuperLink answer with its certificate.
+DEFAULT_SANS = ("localhost", "127.0.0.1", "::1", "superlink", "gateway", "operator")
 
 _KEY_USAGES = (
     "digital_signature",
@@ -58,13 +64,12 @@ def new_ca(
     not_before: datetime | None = None,
     lifetime: timedelta = CA_LIFETIME,
 ) -> x509.Certificate:
-    """A self-signed CA certificate that may sign servers' certificates and nothing below them."""
-    name = x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "medfed"),
-            x509.NameAttribute(NameOID.COMMON_NAME, "medfed federation CA"),
-        ]
-    )
+    """A self-signed CA certificate that may sign certificates and nothing below them.
+
+    Its name is its key's own: while two CAs are trusted, nobody takes one for the other.
+    """
+    digest = x509.SubjectKeyIdentifier.from_public_key(key.public_key()).digest.hex()
+    name = _name(f"medfed federation CA {digest[:8]}")
     builder = _builder(name, name, key.public_key(), not_before, lifetime)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_key_usage("key_cert_sign", "crl_sign"), critical=True)
@@ -85,28 +90,59 @@ def new_superlink_certificate(
     Raises:
         CertsError: a name is neither a DNS name nor an IP address.
     """
-    name = x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "medfed"),
-            x509.NameAttribute(NameOID.COMMON_NAME, "medfed SuperLink"),
-        ]
-    )
-    builder = _builder(name, ca.subject, key.public_key(), not_before, lifetime)
+    builder = _leaf(_name("medfed SuperLink"), key, ca, not_before, lifetime)
     builder = builder.add_extension(
         x509.SubjectAlternativeName([general_name(san) for san in sans]), critical=False
     )
-    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), True)
-    builder = builder.add_extension(_key_usage("digital_signature"), critical=True)
     builder = builder.add_extension(
         x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
     )
+    return builder.sign(ca_key, hashes.SHA384())
+
+
+def new_operator_certificate(
+    key: ec.EllipticCurvePrivateKey,
+    ca: x509.Certificate,
+    ca_key: ec.EllipticCurvePrivateKey,
+    *,
+    not_before: datetime | None = None,
+    lifetime: timedelta = OPERATOR_LIFETIME,
+) -> x509.Certificate:
+    """A TLS client certificate of the operator's role."""
+    builder = _leaf(_name("medfed operator", OPERATOR_UNIT), key, ca, not_before, lifetime)
     builder = builder.add_extension(
+        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
+    )
+    return builder.sign(ca_key, hashes.SHA384())
+
+
+def _name(common: str, unit: str | None = None) -> x509.Name:
+    units = [] if unit is None else [x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, unit)]
+    return x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "medfed"),
+            *units,
+            x509.NameAttribute(NameOID.COMMON_NAME, common),
+        ]
+    )
+
+
+def _leaf(
+    name: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    ca: x509.Certificate,
+    not_before: datetime | None,
+    lifetime: timedelta,
+) -> x509.CertificateBuilder:
+    builder = _builder(name, ca.subject, key.public_key(), not_before, lifetime)
+    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), True)
+    builder = builder.add_extension(_key_usage("digital_signature"), critical=True)
+    return builder.add_extension(
         x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
             ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         ),
         critical=False,
     )
-    return builder.sign(ca_key, hashes.SHA384())
 
 
 def _builder(
@@ -180,6 +216,26 @@ def key_to_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
+def bundle_to_pem(certificates: Iterable[x509.Certificate]) -> bytes:
+    """PEM certificates one after the other: each of them is trusted."""
+    return b"".join(certificate_to_pem(certificate) for certificate in certificates)
+
+
+def bundle_from_pem(content: bytes, where: object) -> list[x509.Certificate]:
+    """Read PEM certificates, of which there is one at least.
+
+    Raises:
+        CertsError: there is none.
+    """
+    try:
+        return x509.load_pem_x509_certificates(content)
+    except ValueError:
+        raise CertsError(
+            f"expected a PEM certificate in {where}, found something else",
+            "move the file away and run `medfed certs issue` again",
+        ) from None
+
+
 def certificate_from_pem(content: bytes, where: object) -> x509.Certificate:
     """Read a PEM certificate.
 
@@ -214,6 +270,12 @@ def key_from_pem(content: bytes, where: object) -> ec.EllipticCurvePrivateKey:
             "move the file away and run `medfed certs issue` again",
         )
     return key
+
+
+def is_pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> bool:
+    """Whether ``key`` is the private key of ``certificate``."""
+    form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return certificate.public_key().public_bytes(*form) == key.public_key().public_bytes(*form)
 
 
 def is_issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:

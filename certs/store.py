@@ -1,28 +1,32 @@
 """The PKI's folder: what is issued into it, and what is in it.
 
-    ca.crt  ca.key  superlink.crt  superlink.key  supernodes/NAME.key  supernodes/NAME.pub
+    ca.crt  ca.key                  the CA; while it is rotated ca.crt holds two, both trusted
+    superlink.crt  superlink.key    the SuperLink's
+    operator.crt  operator.key      the operator's, for a gateway that asks for one
+    supernodes/NAME.key NAME.pub    the SuperNodes'; a hospital's own has no .key here
+    revoked.json                    keys that never come back (``members``)
 
 Issuing is idempotent. What is there and good stays, byte for byte; what is missing is made; a
-SuperLink certificate that lacks a name or soon expires is renewed, and that is said.
+certificate that lacks a name or soon expires is renewed, and that is said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from . import files, keys, pki
 from .errors import CertsError
 
-Kind = Literal["ca", "superlink", "supernode"]
+Kind = Literal["ca", "superlink", "operator", "supernode"]
+Signer = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,9 @@ class Record:
     """One certificate or public key in the folder.
 
     Args:
-        name: "ca", "superlink" or the SuperNode's name.
-        kind: which of the three it is.
+        name: "ca", "superlink", "operator" or the SuperNode's name; "ca (old)" and "ca (next)"
+            are those that are trusted besides while the CA is rotated.
+        kind: which of the four it is.
         fingerprint: SHA-256; of a certificate as colon-separated hex (as ``openssl x509`` prints
             it), of a SuperNode's key as ``ssh-keygen -lf`` prints it.
         not_before: start of its validity, UTC; None for keys, which do not expire.
@@ -63,42 +68,84 @@ class Issued:
 
 
 def issue(folder: Path, names: Sequence[str], sans: Iterable[str] = ()) -> Issued:
-    """Issue what is missing: a CA, the SuperLink's certificate, a key pair for each name.
+    """Issue what is missing: a CA, the SuperLink's and the operator's certificate, key pairs.
 
     Args:
         folder: where to; made if missing.
-        names: the SuperNodes.
+        names: the SuperNodes; those that are revoked get nothing.
         sans: names and addresses of the SuperLink besides the defaults and those that its present
             certificate already has.
 
     Raises:
         CertsError: the folder is not writable, or something in it is not what it should be.
     """
+    from . import members  # it reads this folder too
+
     files.make_folder(folder)
     files.make_folder(folder / "supernodes")
     actions: list[str] = []
-    ca, ca_key = _ca(folder, actions)
-    _superlink(folder, ca, ca_key, sans, actions)
+    signer = _ca(folder, actions)
+    leaves(folder, signer, actions, sans=sans)
+    gone = members.revoked_names(folder)
     for name in names:
-        _supernode(folder / "supernodes", name, actions)
+        if name not in gone:
+            _supernode(folder / "supernodes", name, actions)
     return Issued(actions=tuple(actions), records=tuple(inspect(folder)))
 
 
+def leaves(
+    folder: Path,
+    signer: Signer,
+    actions: list[str],
+    *,
+    sans: Iterable[str] = (),
+    within: timedelta = pki.RENEWAL,
+) -> None:
+    """Make the SuperLink's and the operator's certificate, or renew them.
+
+    Args:
+        folder: the PKI's.
+        signer: the CA that signs.
+        actions: one line is added for each that was made or renewed.
+        sans: as for ``issue``.
+        within: renew what has less than this left.
+
+    Raises:
+        CertsError: a file is not what it should be, or cannot be written.
+    """
+    ca, ca_key = signer
+    wanted = [str(pki.general_name(san).value) for san in (*pki.DEFAULT_SANS, *sans)]
+
+    def superlink(
+        key: ec.EllipticCurvePrivateKey, old: x509.Certificate | None
+    ) -> x509.Certificate:
+        names = dict.fromkeys((*(pki.sans_of(old) if old else ()), *wanted))
+        return pki.new_superlink_certificate(key, ca, ca_key, names)
+
+    def operator(key: ec.EllipticCurvePrivateKey, _: x509.Certificate | None) -> x509.Certificate:
+        return pki.new_operator_certificate(key, ca, ca_key)
+
+    _leaf(folder / "superlink", "the SuperLink's", ca, superlink, actions, wanted, within)
+    _leaf(folder / "operator", "the operator's", ca, operator, actions, (), within)
+
+
 def inspect(folder: Path) -> list[Record]:
-    """What is in the folder: the CA, the SuperLink's certificate, SuperNodes' keys by name.
+    """What is in the folder: the CA, the certificates that it signed, SuperNodes' keys by name.
 
     Raises:
         CertsError: a file cannot be read or is not what its name says.
     """
     records: list[Record] = []
-    kinds: tuple[Kind, Kind] = ("ca", "superlink")
+    kinds: tuple[Kind, Kind, Kind] = ("ca", "superlink", "operator")
     for kind in kinds:
         path = folder / f"{kind}.crt"
-        if (content := files.read(path)) is not None:
-            certificate = pki.certificate_from_pem(content, path)
+        if (content := files.read(path)) is None:
+            continue
+        for number, certificate in enumerate(pki.bundle_from_pem(content, path)):
+            other = "next" if (folder / "next-ca.key").exists() else "old"
             records.append(
                 Record(
-                    name=kind,
+                    name=kind if number == 0 else f"{kind} ({other})",
                     kind=kind,
                     fingerprint=certificate.fingerprint(hashes.SHA256()).hex(":").upper(),
                     not_before=certificate.not_valid_before_utc,
@@ -122,16 +169,19 @@ def inspect(folder: Path) -> list[Record]:
     return records
 
 
-def _ca(folder: Path, actions: list[str]) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+def signer(folder: Path) -> tuple[Signer, list[x509.Certificate]]:
+    """The CA that signs, and all CAs that are trusted, the signing one among them.
+
+    Raises:
+        CertsError: the CA is not there, or a file is not what its name says.
+    """
     certificate_path, key_path = folder / "ca.crt", folder / "ca.key"
     certificate_pem, key_pem = files.read(certificate_path), files.read_private(key_path)
-    if certificate_pem is None and key_pem is None:
-        key = pki.new_key()
-        certificate = pki.new_ca(key)
-        files.write(key_path, pki.key_to_pem(key), files.PRIVATE)
-        files.write(certificate_path, pki.certificate_to_pem(certificate), files.PUBLIC)
-        actions.append(f"made the CA, valid until {certificate.not_valid_after_utc:%Y-%m-%d}")
-        return certificate, key
+    if certificate_pem is None:
+        raise CertsError(
+            f"expected the CA's certificate at {certificate_path}, found no such file",
+            "`medfed certs issue` makes a CA",
+        )
     if key_pem is None:
         raise CertsError(
             f"expected the CA's key at {key_path}, found only its certificate",
@@ -139,49 +189,61 @@ def _ca(folder: Path, actions: list[str]) -> tuple[x509.Certificate, ec.Elliptic
             "SuperNode must then be given, move the whole folder away",
         )
     key = pki.key_from_pem(key_pem, key_path)
-    if certificate_pem is None:
-        # An earlier call was interrupted between its two files; nobody has seen a certificate.
+    trusted = pki.bundle_from_pem(certificate_pem, certificate_path)
+    for certificate in trusted:
+        if pki.is_pair(certificate, key):
+            return (certificate, key), trusted
+    raise _no_pair(certificate_path, key_path)
+
+
+def _ca(folder: Path, actions: list[str]) -> Signer:
+    certificate_path, key_path = folder / "ca.crt", folder / "ca.key"
+    if not certificate_path.exists():
+        # A key without certificate: an earlier call was interrupted, nobody has seen either.
+        key_pem = files.read_private(key_path)
+        key = pki.new_key() if key_pem is None else pki.key_from_pem(key_pem, key_path)
         certificate = pki.new_ca(key)
+        files.write(key_path, pki.key_to_pem(key), files.PRIVATE)
         files.write(certificate_path, pki.certificate_to_pem(certificate), files.PUBLIC)
         actions.append(f"made the CA, valid until {certificate.not_valid_after_utc:%Y-%m-%d}")
         return certificate, key
-    certificate = pki.certificate_from_pem(certificate_pem, certificate_path)
-    _check_pair(certificate, key, certificate_path, key_path)
+    (certificate, key), _ = signer(folder)
     if datetime.now(UTC) >= certificate.not_valid_after_utc - pki.RENEWAL:
         raise CertsError(
             f"expected the CA to be valid for {pki.RENEWAL.days} days more, found that it ends on "
             f"{certificate.not_valid_after_utc:%Y-%m-%d}",
-            "every SuperNode must be given a new CA: move the folder away, issue again, hand out "
-            "ca.crt",
+            "`medfed certs rotate-ca begin` makes the next one; docs/certificates.md says how",
         )
     return certificate, key
 
 
-def _superlink(
-    folder: Path,
+def _leaf(
+    stem: Path,
+    whose: str,
     ca: x509.Certificate,
-    ca_key: ec.EllipticCurvePrivateKey,
-    sans: Iterable[str],
+    make: Callable[[ec.EllipticCurvePrivateKey, x509.Certificate | None], x509.Certificate],
     actions: list[str],
+    wanted: Sequence[str],
+    within: timedelta,
 ) -> None:
-    certificate_path, key_path = folder / "superlink.crt", folder / "superlink.key"
-    wanted = [str(pki.general_name(san).value) for san in (*pki.DEFAULT_SANS, *sans)]
+    """Make one certificate and its key, or renew it and keep the key."""
+    certificate_path, key_path = stem.with_suffix(".crt"), stem.with_suffix(".key")
     certificate_pem, key_pem = files.read(certificate_path), files.read_private(key_path)
     key = None if key_pem is None else pki.key_from_pem(key_pem, key_path)
-    reason = "made the SuperLink's certificate"
+    certificate = None
+    reason = f"made {whose} certificate"
     if certificate_pem is not None and key is not None:
         certificate = pki.certificate_from_pem(certificate_pem, certificate_path)
-        _check_pair(certificate, key, certificate_path, key_path)
-        present = pki.sans_of(certificate)
-        missing = [san for san in wanted if san not in present]
+        if not pki.is_pair(certificate, key):
+            raise _no_pair(certificate_path, key_path)
+        missing = [san for san in wanted if san not in pki.sans_of(certificate)]
         left = certificate.not_valid_after_utc - datetime.now(UTC)
-        wanted = [*present, *missing]
         if not pki.is_issued_by(certificate, ca):
-            reason = "renewed the SuperLink's certificate (it was another CA's)"
+            reason = f"renewed {whose} certificate (it was another CA's)"
         elif missing:
-            reason = f"renewed the SuperLink's certificate (added {', '.join(missing)})"
-        elif left < pki.RENEWAL:
-            reason = "renewed the SuperLink's certificate (it " + (
+            reason = f"renewed {whose} certificate (added {', '.join(missing)})"
+        elif left < within:
+            reason = f"renewed {whose} certificate (it " + (
                 "had expired)" if left.total_seconds() < 0 else f"had {left.days} days left)"
             )
         else:
@@ -189,17 +251,26 @@ def _superlink(
     if key is None:
         key = pki.new_key()
         files.write(key_path, pki.key_to_pem(key), files.PRIVATE)
-    certificate = pki.new_superlink_certificate(key, ca, ca_key, dict.fromkeys(wanted))
-    files.write(certificate_path, pki.certificate_to_pem(certificate), files.PUBLIC)
-    actions.append(f"{reason}, valid until {certificate.not_valid_after_utc:%Y-%m-%d}")
+    fresh = make(key, certificate)
+    files.write(certificate_path, pki.certificate_to_pem(fresh), files.PUBLIC)
+    actions.append(f"{reason}, valid until {fresh.not_valid_after_utc:%Y-%m-%d}")
 
 
-def _supernode(folder: Path, name: str, actions: list[str]) -> None:
+def check_name(name: str) -> None:
+    """Check that a SuperNode's name can be a file's.
+
+    Raises:
+        CertsError: it cannot.
+    """
     if not name or not name.isascii() or name in {".", ".."} or set(name) & set("/\\ \t\r\n"):
         raise CertsError(
             f"expected a SuperNode's name that can be a file's, found {name!r}",
             "letters, digits and '-', for example supernode-07",
         )
+
+
+def _supernode(folder: Path, name: str, actions: list[str]) -> None:
+    check_name(name)
     key_path, public_path = folder / f"{name}.key", folder / f"{name}.pub"
     private, public = files.read_private(key_path), files.read(public_path)
     if private is None and public is not None:
@@ -223,16 +294,9 @@ def _supernode(folder: Path, name: str, actions: list[str]) -> None:
         )
 
 
-def _check_pair(
-    certificate: x509.Certificate,
-    key: ec.EllipticCurvePrivateKey,
-    certificate_path: Path,
-    key_path: Path,
-) -> None:
-    form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    if certificate.public_key().public_bytes(*form) != key.public_key().public_bytes(*form):
-        raise CertsError(
-            f"expected {key_path} to be the private key of {certificate_path}, "
-            "found that it is another's",
-            "put the matching file back, or move both away and issue again",
-        )
+def _no_pair(certificate_path: Path, key_path: Path) -> CertsError:
+    return CertsError(
+        f"expected {key_path} to be the private key of {certificate_path}, "
+        "found that it is another's",
+        "put the matching file back, or move both away and issue again",
+    )

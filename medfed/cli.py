@@ -20,6 +20,7 @@ from medfed.commands import (
     federation,
     prepare,
     run,
+    site,
     tunnel,
 )
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(certs.app, name="certs")
 app.add_typer(compose.app, name="compose")
 app.add_typer(data.app, name="data")
+app.add_typer(site.app, name="site")
 app.command("prepare")(prepare.prepare)
 app.command("up")(federation.up)
 app.command("status")(federation.status)

@@ -49,6 +49,11 @@ class Home:
         return self.root / "supernodes"
 
     @property
+    def sites(self) -> Path:
+        """One folder per SuperNode that has a gate: policy, approved FABs, audit log."""
+        return self.root / "sites"
+
+    @property
     def federation(self) -> Path:
         """The processes that ``medfed up`` started."""
         return self.root / "federation.json"

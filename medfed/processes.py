@@ -125,6 +125,7 @@ class Status:
         pss: bytes of memory of it and its children, shared pages divided; None if not visible.
         last_seen: last heartbeat at the SuperLink, UTC; None for the SuperLink itself.
         log: where its output goes.
+        gate: whether it was started with a site gate; None for what is no SuperNode.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Status:
     pss: int | None
     last_seen: datetime | None
     log: str
+    gate: bool | None
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,8 @@ def up(
         running, recorded = _still_running(home, port)
         if count is None and recorded is not None:
             count = len(recorded.supernodes)
-        entries = _first(roster, count)
+        out = certs.revoked_names(home.certs)
+        entries = tuple(entry for entry in _first(roster, count) if entry.name not in out)
         names = {entry.name for entry in entries}
         if running and not names.issuperset(one.name for one in running.supernodes):
             raise FederationError(
@@ -337,9 +340,19 @@ def status(home: Home) -> list[Status]:
                 pss=None if running is None else _pss(running),
                 last_seen=node.last_seen if node else None,
                 log=process.log,
+                gate=_has_gate(process, running),
             )
         )
     return found
+
+
+def _has_gate(process: Process, running: psutil.Process | None) -> bool | None:
+    if process.name in {SUPERLINK, WARM} or running is None:
+        return None
+    try:
+        return "--site" in running.cmdline()
+    except psutil.Error:  # it has just ended
+        return None
 
 
 def _is_online(process: Process, superlink_answers: bool, node: Node | None, home: Home) -> bool:
@@ -432,6 +445,7 @@ class _Start:
             *("--data", str(self._home.partitions / entry.name)),
             *("--roster", str(self._roster), "--runtime-port", str(runtime_port)),
             *(["--gpu"] if self._use_gpu else []),
+            *(["--site", str(site)] if (site := self._home.sites / entry.name).is_dir() else []),
         ]
         variables = {
             "FLWR_HOME": str(folder / "flwr"),
@@ -514,6 +528,7 @@ def _start_supernodes(
     public_keys = {entry.name: home.certs / "supernodes" / f"{entry.name}.pub" for entry in entries}
     progress("registering SuperNodes", 0, len(entries))
     with Control(federation.address, home.certs / "ca.crt") as control:
+        control.unregister(one.public_key.encode() for one in certs.revocations(home.certs))
         control.register(public_keys)
     progress("registering SuperNodes", len(entries), len(entries))
     running = {process.name: process for process in federation.supernodes}

@@ -53,11 +53,14 @@ def register(superlink: str) -> None:
     Raises:
         SuperLinkError: it cannot be reached, or a name or key is registered otherwise.
     """
+    import certs
     from superlink.control import Control
 
     certs_folder = Home.from_environment().certs
-    keys = {name: certs_folder / "supernodes" / f"{name}.pub" for name in load().names}
+    names = [name for name in load().names if name not in certs.revoked_names(certs_folder)]
+    keys = {name: certs_folder / "supernodes" / f"{name}.pub" for name in names}
     with Control(superlink, certs_folder / "ca.crt") as control:
+        control.unregister(one.public_key.encode() for one in certs.revocations(certs_folder))
         new = sum(registration.new for registration in control.register(keys))
     _say(f"registered {new} SuperNodes, {len(keys) - new} were registered before")
 

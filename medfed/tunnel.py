@@ -71,7 +71,7 @@ class Route:
             raise TunnelError(
                 f"expected the CA in {self.ca} and a certificate in {self.certificate} with its "
                 f"key in {self.key}, found: {error.strerror or error}",
-                "the coordinator makes them: medfed certs operator NAME",
+                "the coordinator has operator.crt and operator.key: `medfed certs issue`",
             ) from None
         return context
 
@@ -101,7 +101,7 @@ def check(route: Route) -> None:
         raise TunnelError(
             f"expected {route.gateway} to let {route.certificate} in, found it refused: "
             f"{_words(found)}",
-            "an operator's certificate is good for 90 days: medfed certs operator NAME renews it",
+            "`medfed certs check` says when operator.crt ends, `medfed certs renew` renews it",
         )
 
 

@@ -7,7 +7,7 @@ Flower's own client, many requests in one process: twenty calls of ``flwr supern
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +32,7 @@ from flwr.proto.control_pb2 import (
     StartRunRequest,
     StopRunRequest,
     StreamLogsRequest,
+    UnregisterNodeRequest,
 )
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.control import ControlHttpClient
@@ -192,6 +193,18 @@ class Control:
                 response = self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
             registrations.append(Registration(name, int(response.node_id), new=True))
         return registrations
+
+    def unregister(self, public_keys: Iterable[bytes]) -> list[str]:
+        """Let the SuperNodes with these keys (PEM) connect no more; the names of those who could.
+
+        What one of them is working on is answered for it with an error: a round goes on.
+        """
+        unwanted = {key.strip() for key in public_keys}
+        gone = [node for node in self.nodes() if node.public_key.strip() in unwanted]
+        for node in gone:
+            with self._told(f"to unregister {node.name or node.node_id}"):
+                self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
+        return [node.name or str(node.node_id) for node in gone]
 
     def _check_conflicts(
         self, name: str, key: bytes, by_name: Mapping[str, Node], by_key: Mapping[bytes, Node]

@@ -40,7 +40,7 @@ def check_certificates(certificate: Path, key: Path, ca: Path) -> None:
     Raises:
         SuperLinkError: a file is missing, malformed, open to others, expired, or of another pair.
     """
-    served, issuer = _read_certificate(certificate), _read_certificate(ca)
+    served, trusted = _read_certificates(certificate)[0], _read_certificates(ca)
     try:
         private = load_pem_private_key(_read(key), None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -59,21 +59,21 @@ def check_certificates(certificate: Path, key: Path, ca: Path) -> None:
             f"expected {key} to be the private key of {certificate}, found that it is another's",
             _ISSUE,
         )
-    try:
-        served.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
+    # Two are trusted while the CA is rotated.
+    issuer = next((one for one in trusted if _is_issued_by(served, one)), None)
+    if issuer is None:
         raise SuperLinkError(
             f"expected {certificate} to be issued by the CA in {ca}, found another issuer "
             f"({served.issuer.rfc4514_string()})",
             _ISSUE,
-        ) from None
+        )
     now = datetime.now(UTC)
     for path, one in ((certificate, served), (ca, issuer)):
         if now > one.not_valid_after_utc:
             raise SuperLinkError(
                 f"expected {path} to be valid, found that it expired on "
                 f"{one.not_valid_after_utc:%Y-%m-%d}",
-                "`medfed certs issue` renews what has expired",
+                "`medfed certs renew` renews what has expired",
             )
         if now < one.not_valid_before_utc:
             raise SuperLinkError(
@@ -95,9 +95,17 @@ def _read(path: Path) -> bytes:
         ) from None
 
 
-def _read_certificate(path: Path) -> x509.Certificate:
+def _is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     try:
-        return x509.load_pem_x509_certificate(_read(path))
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def _read_certificates(path: Path) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(_read(path))
     except ValueError:
         raise SuperLinkError(
             f"expected a PEM certificate in {path}, found something else", _ISSUE

@@ -1,7 +1,7 @@
 """Start one SuperNode: check everything that can be checked, then become Flower's SuperNode.
 
     python -m supernode --name supernode-07 --superlink superlink:8000 \\
-        --ca /certs/ca.crt --key /certs/supernode-07.key --data /data
+        --ca /certs/ca.crt --key /certs/supernode-07.key --data /data --site /site
 
 Containers and ``medfed up`` both start it this way. What is wrong is said on one line, with a hint,
 and the exit status is 1. A SuperLink that cannot be reached is not an error: it is waited for.
@@ -46,6 +46,12 @@ def parse(argv: list[str]) -> tuple[Settings, float]:
         "--gpu", action="store_true", help="let ClientApps use the roster's slice of a GPU"
     )
     parser.add_argument(
+        "--site", type=Path, help="folder with policy.toml: what may run here and what may leave"
+    )
+    parser.add_argument(
+        "--audit", type=Path, help="folder of the audit log (default: audit/ in the site's folder)"
+    )
+    parser.add_argument(
         "--patience",
         type=float,
         default=75.0,
@@ -53,6 +59,8 @@ def parse(argv: list[str]) -> tuple[Settings, float]:
         "that was killed does for 60 s)",
     )
     options = parser.parse_args(argv)
+    if options.audit and not options.site:
+        parser.error("--audit is the log of a gate, and there is none without --site")
     roster = load(options.roster)
     entry = roster.entry(options.name)
     partition = entry.partition if options.partition is None else options.partition
@@ -67,6 +75,8 @@ def parse(argv: list[str]) -> tuple[Settings, float]:
         data=options.data,
         runtime_port=options.runtime_port,
         use_gpu=options.gpu,
+        site=options.site,
+        audit=options.audit,
     )
     return settings, options.patience
 
@@ -80,6 +90,7 @@ def main(argv: list[str]) -> int:
         from . import connection, enrolment, preflight
 
         preflight.check(settings)
+        _gate(settings)
         preflight.wait_for_superlink(settings)
         node_id = enrolment.enrol(settings, patience)
         connection.record(settings, node_id)
@@ -96,6 +107,25 @@ def main(argv: list[str]) -> int:
     sys.argv = arguments(settings)
     run_supernode()
     return 0
+
+
+def _gate(settings: Settings) -> None:
+    """Put this hospital's gate in place; without one, say so.
+
+    Raises:
+        SuperNodeError: there should be one, and it cannot stand.
+    """
+    if settings.site is None:
+        print(
+            f"warning: {settings.name} has no site gate (--site): it runs whatever the "
+            "coordinator starts, and whatever that answers leaves",
+            file=sys.stderr,
+        )
+        return
+    from .gate import hook
+    from .gate.site import Site
+
+    hook.install(settings.name, Site.at(settings.site, settings.audit))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ class Settings:
         data: the folder with its rows.
         runtime_port: the local port on which its ClientApps talk to it.
         use_gpu: give ClientApps the roster's slice of a GPU; else they see no GPU at all.
+        site: the folder with this hospital's policy; None: there is no gate.
+        audit: the audit log's folder; None: in ``site``.
     """
 
     entry: SuperNodeEntry
@@ -47,6 +49,8 @@ class Settings:
     data: Path
     runtime_port: int = DEFAULT_RUNTIME_PORT
     use_gpu: bool = False
+    site: Path | None = None
+    audit: Path | None = None
 
     @property
     def name(self) -> str:

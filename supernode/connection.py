@@ -48,6 +48,7 @@ def record(settings: Settings, node_id: int) -> None:
         "name": settings.name,
         "node-id": node_id,
         "superlink": settings.superlink,
+        "ca": str(settings.ca.resolve()),
         "runtime-port": settings.runtime_port,
         "pid": os.getpid(),
     }

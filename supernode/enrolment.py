@@ -166,5 +166,6 @@ def _not_registered(settings: Settings) -> SuperNodeError:
     return SuperNodeError(
         f"expected the key of {name} to be registered at {settings.superlink}, found it is not",
         f"the coordinator registers it: flwr supernode register {name}.pub local-deployment "
-        f"--name {name}, and lays {name}.pub where the gateway looks",
+        f"--name {name}, and lays {name}.pub where the gateway looks; one that was revoked is "
+        "never registered again",
     )

@@ -10,12 +10,14 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import ssl
 import sys
 import time
 from pathlib import Path
 
 # The SuperLink itself takes a SuperNode for lost after two heartbeat intervals of 30 s.
 FRESH_S = 60.0
+SOON_DAYS = 30
 _TIMEOUT_S = 5.0
 
 
@@ -44,12 +46,30 @@ def problem(evidence: Path) -> str | None:
     return None if status == 200 else f"{name}: port {port} for its ClientApps answers {status}"
 
 
+def expiry(evidence: Path) -> str | None:
+    """A line if the CA that the SuperNode trusts ends within ``SOON_DAYS`` days; else None."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    ca = json.loads(evidence.read_text(encoding="utf-8"))["ca"]
+    try:
+        context.load_verify_locations(ca)
+    except OSError as error:  # ssl.SSLError is one
+        return f"cannot read the CA's certificate {ca}: {error.strerror or error}"
+    # While the CA is rotated there are two: trust ends with the later one.
+    end = max(ssl.cert_time_to_seconds(str(one["notAfter"])) for one in context.get_ca_certs())
+    days = int((end - time.time()) // 86400)
+    if days >= SOON_DAYS:
+        return None
+    return f"the CA ends in {days} days: ask the coordinator for the new ca.crt"
+
+
 def main() -> int:
     """Print what is wrong, if anything is; the exit status."""
     home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
     if (trouble := problem(home / "connection.json")) is not None:
         print(trouble, file=sys.stderr)
         return 1
+    if (soon := expiry(home / "connection.json")) is not None:
+        print(soon)
     return 0
 
 

@@ -267,7 +267,7 @@ def _not_our_superlink(settings: Settings, error: ssl.SSLCertVerificationError) 
     if error.verify_code == _EXPIRED:
         return SuperNodeError(
             f"expected a valid certificate at {where}, found one that has expired",
-            "the coordinator renews it with `medfed certs issue`; is this machine's clock right?",
+            "the coordinator renews it with `medfed certs renew`; is this machine's clock right?",
         )
     if error.verify_code == _NOT_YET_VALID:
         return SuperNodeError(

@@ -91,6 +91,7 @@ def status(as_json: Json = False) -> None:
                         "pss-bytes": one.pss,
                         "last-seen": one.last_seen.isoformat() if one.last_seen else None,
                         "log": one.log,
+                        "gate": one.gate,
                     }
                     for one in found
                 ]
@@ -125,7 +126,7 @@ def _print_table(found: list[Status]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("name", "process", "online", "pid"):
+    for heading in ("name", "process", "online", "gate", "pid"):
         table.add_column(heading)
     table.add_column("memory (PSS)", justify="right")
     table.add_column("last seen (UTC)")
@@ -134,10 +135,11 @@ def _print_table(found: list[Status]) -> None:
             one.name,
             "alive" if one.alive else "[red]gone[/red]",
             "yes" if one.online else "[red]no[/red]",
+            "" if one.gate is None else "on" if one.gate else "off",
             str(one.pid),
             "" if one.pss is None else f"{one.pss / 2**20:.0f} MiB",
             "" if one.last_seen is None else f"{one.last_seen:%Y-%m-%d %H:%M:%S}",
         )
     total = sum(one.pss or 0 for one in found)
-    table.add_row("", "", "", "", f"{total / 2**20:.0f} MiB", "")
+    table.add_row("", "", "", "", "", f"{total / 2**20:.0f} MiB", "")
     Console().print(table)

@@ -10,8 +10,13 @@ import typer
 
 def tunnel(
     gateway: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The operators' gateway.")],
-    certificate: Annotated[Path, typer.Option(help="Your certificate of the operator role.")],
-    key: Annotated[Path, typer.Option(help="Its private key.")],
+    certificate: Annotated[
+        Path | None,
+        typer.Option(help="The operator's certificate (default: operator.crt in MEDFED_HOME)."),
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Its private key (default: beside it, with .key).")
+    ] = None,
     ca: Annotated[
         Path | None,
         typer.Option(help="The federation's CA certificate (default: the one in MEDFED_HOME)."),
@@ -28,7 +33,10 @@ def tunnel(
     from supernode import roster
 
     home = Home.from_environment()
-    route = tunnel.Route(gateway, ca or home.certs / "ca.crt", certificate, key)
+    certificate = certificate or home.certs / "operator.crt"
+    route = tunnel.Route(
+        gateway, ca or home.certs / "ca.crt", certificate, key or certificate.with_suffix(".key")
+    )
     tunnel.check(route)
     near = home.root / "tunnel"
     near_ca = tunnel.local_ca(near)

@@ -47,7 +47,7 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 import certs
-from certs import operators, pki
+from certs import pki
 from superlink.control import Control
 from superlink.gateway.config import UNKNOWN_KEY
 
@@ -77,7 +77,7 @@ class Perimeter:
 
     Args:
         project: its Compose project.
-        folder: ``ca.crt`` and ``ca.key``.
+        folder: the CA and the operator's certificate, with their keys.
         keys: each site's private key.
         ids: each site's node id.
     """
@@ -148,7 +148,7 @@ def perimeter(provisioned: ComposeProject, tmp_path_factory: pytest.TempPathFact
         lambda: f"not healthy in time: {project.health()}",
     )
     read = "import sys; print(open(sys.argv[1]).read())"
-    for name in ("ca.crt", "ca.key"):
+    for name in ("ca.crt", "ca.key", "operator.crt", "operator.key"):
         content = project.compose(
             *("run", "--rm", "-T", "--entrypoint", "python", "provision"),
             *("-c", read, f"/medfed/certs/{name}"),
@@ -503,13 +503,15 @@ def test_a_remote_operator_needs_a_certificate_of_the_operator_role(
     assert (without.status, "No required SSL certificate" in without.text) == (400, True)
     certs.issue(tmp_path, ())
     for folder, status in ((perimeter.folder, 200), (tmp_path, 400)):
-        certificate = operators.issue(folder, "alice")
+        certificate = folder / "operator.crt"
         context = perimeter.trust()
         context.load_cert_chain(certificate, certificate.with_suffix(".key"))
         assert perimeter.ask(port, LIST_NODES, context=context).status == status
         runtime = perimeter.ask(port, "/v1/runtime/acquire-task", context=context)
         assert runtime.status == (403 if status == 200 else 400)
-    assert '"operator":"alice","certificate":"SUCCESS"' in perimeter.gateway_log("operator")
+    assert '"operator":"medfed operator","certificate":"SUCCESS"' in perimeter.gateway_log(
+        "operator"
+    )
 
 
 @pytest.mark.parametrize(
@@ -714,7 +716,7 @@ def test_no_private_key_is_in_an_environment_a_log_an_image_or_what_inspect_show
 ) -> None:
     project = perimeter.project
     read = "import glob; print(''.join(open(p).read() for p in {places}))"
-    texts = [(perimeter.folder / "ca.key").read_text()]
+    texts = [(perimeter.folder / name).read_text() for name in ("ca.key", "operator.key")]
     texts.append(project.python("superlink", read.format(places="['/medfed/certs/superlink.key']")))
     texts += [
         project.python(site, read.format(places="glob.glob('/site/*.key')")) for site in SITES

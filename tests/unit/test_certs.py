@@ -41,6 +41,8 @@ def test_everything_is_issued_at_once(folder):
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
         "ca.crt",
         "ca.key",
+        "operator.crt",
+        "operator.key",
         "superlink.crt",
         "superlink.key",
         "supernodes/supernode-00.key",
@@ -132,10 +134,11 @@ def test_the_certificates_say_what_they_may_be_used_for(folder):
 
 def test_inspect_names_fingerprints_and_expiry(folder):
     records = certs.inspect(folder)
-    assert [record.name for record in records] == ["ca", "superlink", *NAMES]
-    ca, superlink, node, _ = records
+    assert [record.name for record in records] == ["ca", "superlink", "operator", *NAMES]
+    ca, superlink, operator, node, _ = records
     assert ca.not_after - ca.not_before == pki.CA_LIFETIME
     assert superlink.not_after - superlink.not_before == pki.SUPERLINK_LIFETIME
+    assert operator.not_after - operator.not_before == pki.OPERATOR_LIFETIME
     assert node.not_after is None
     assert node.fingerprint.startswith("SHA256:")
     assert len(ca.fingerprint.split(":")) == 32

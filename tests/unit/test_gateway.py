@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 import certs
-from certs import files, operators, pki
+from certs import files, pki
 from superlink.errors import SuperLinkError
 from superlink.gateway import keys
 from superlink.gateway.__main__ import main, parse
@@ -248,11 +248,11 @@ def as_operator(place: Stand, certificate: Path) -> ssl.SSLContext:
 
 @needs_nginx
 def test_the_remote_listener_lets_an_operator_in_and_names_them(fresh: Stand) -> None:
-    context = as_operator(fresh, operators.issue(fresh.pki, "alice@example.org"))
+    context = as_operator(fresh, fresh.pki / "operator.crt")
     assert fresh.ask("remote-operator", CONTROL, context=context).status == 200
     assert fresh.ask("remote-operator", FLEET, context=context).status == 403
     assert [request.path for request in fresh.arrived] == [CONTROL]
-    until(lambda: fresh.said('"operator":"alice@example.org"'), fresh.tail)
+    until(lambda: fresh.said('"operator":"medfed operator"'), fresh.tail)
 
 
 def write_pair(folder: Path, certificate, key: ec.EllipticCurvePrivateKey) -> Path:
@@ -264,14 +264,14 @@ def write_pair(folder: Path, certificate, key: ec.EllipticCurvePrivateKey) -> Pa
 
 def of_another_ca(folder: Path, _pki: Path) -> Path:
     certs.issue(folder / "other", ())
-    return operators.issue(folder / "other", "mallory")
+    return folder / "other" / "operator.crt"
 
 
 def expired(folder: Path, pki_folder: Path) -> Path:
     key = pki.new_key()
     begun = datetime.now(UTC) - 3 * DAY
     certificate = pki.new_operator_certificate(
-        key, *ca_of(pki_folder), "alice", not_before=begun, lifetime=DAY
+        key, *ca_of(pki_folder), not_before=begun, lifetime=DAY
     )
     return write_pair(folder, certificate, key)
 
@@ -279,7 +279,7 @@ def expired(folder: Path, pki_folder: Path) -> Path:
 def not_yet_valid(folder: Path, pki_folder: Path) -> Path:
     key = pki.new_key()
     certificate = pki.new_operator_certificate(
-        key, *ca_of(pki_folder), "alice", not_before=datetime.now(UTC) + DAY
+        key, *ca_of(pki_folder), not_before=datetime.now(UTC) + DAY
     )
     return write_pair(folder, certificate, key)
 

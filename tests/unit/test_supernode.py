@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import certs
+from certs import pki as authority
 from supernode import __main__ as entrypoint
 from supernode import command, connection, health, preflight, roster
 from supernode.command import Settings
@@ -445,6 +447,39 @@ def test_a_dead_runtime_port_is_not_healthy(evidence):
         free.bind(("127.0.0.1", 0))
         evidence.write_text(json.dumps({**content, "runtime-port": free.getsockname()[1]}))
         assert "Connection refused" in (health.problem(evidence) or "")
+
+
+def trusts(evidence: Path, content: bytes | None) -> None:
+    """Let the SuperNode behind ``evidence`` trust another CA file; None: one that is gone."""
+    path = evidence.with_name("ca.crt")
+    if content is not None:
+        path.write_bytes(content)
+    told = json.loads(evidence.read_text())
+    evidence.write_text(json.dumps({**told, "ca": str(path)}))
+
+
+def ending_in(*days: int) -> bytes:
+    made = [authority.new_ca(authority.new_key(), lifetime=timedelta(days=one)) for one in days]
+    return authority.bundle_to_pem(made)
+
+
+def test_a_ca_that_soon_ends_is_said_and_the_supernode_is_well(evidence, capsys, monkeypatch):
+    trusts(evidence, ending_in(10))
+    monkeypatch.setenv("FLWR_HOME", str(evidence.parent))
+    assert health.main() == 0
+    assert "the CA ends in 9 days" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("days", [(40,), (10, 400), (400, 10)])
+def test_a_later_end_is_not_said_also_while_the_ca_is_rotated(evidence, days):
+    trusts(evidence, ending_in(*days))
+    assert health.expiry(evidence) is None
+
+
+@pytest.mark.parametrize("content", [None, b"not a certificate"])
+def test_a_ca_that_cannot_be_read_is_said(evidence, content):
+    trusts(evidence, content)
+    assert "cannot read the CA's certificate" in (health.expiry(evidence) or "")
 
 
 def test_the_next_session_knows_the_last_ones_node_id(evidence):

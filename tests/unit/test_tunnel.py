@@ -15,7 +15,6 @@ from flwr.proto.control_pb2 import ListNodesRequest
 from flwr.supercore.control import ControlHttpClient
 
 import certs
-from certs import operators
 from medfed import tunnel
 from medfed.tunnel import Route, TunnelError
 from tests.gateway_stand import CONTROL, Stand, needs_nginx, stand, until
@@ -39,7 +38,7 @@ def route(place: Stand, certificate: Path) -> Route:
 def test_flowers_client_gets_through_and_the_gateway_knows_who_it_was(
     gateway: Stand, tmp_path: Path
 ) -> None:
-    way = route(gateway, operators.issue(gateway.pki, "alice"))
+    way = route(gateway, gateway.pki / "operator.crt")
     environment = {**os.environ, "MEDFED_HOME": str(tmp_path), "FLWR_HOME": str(tmp_path / "flwr")}
     command = [
         *(sys.executable, "-m", "medfed.cli", "tunnel", way.gateway, "--port", "0"),
@@ -62,26 +61,26 @@ def test_flowers_client_gets_through_and_the_gateway_knows_who_it_was(
         ):
             client.ListNodes(ListNodesRequest())  # the stand-in behind the gateway speaks JSON
         assert [request.path for request in gateway.arrived] == [CONTROL]
-        until(lambda: gateway.said('"operator":"alice"'), gateway.tail)
+        until(lambda: gateway.said('"operator":"medfed operator"'), gateway.tail)
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
 
 
 def test_a_good_certificate_is_found_good(gateway: Stand) -> None:
-    tunnel.check(route(gateway, operators.issue(gateway.pki, "alice")))
+    tunnel.check(route(gateway, gateway.pki / "operator.crt"))
 
 
 def test_another_federations_certificate_is_found_refused(gateway: Stand, tmp_path: Path) -> None:
     certs.issue(tmp_path / "other", ())
-    mallory = route(gateway, operators.issue(tmp_path / "other", "mallory"))
+    mallory = route(gateway, tmp_path / "other" / "operator.crt")
     with pytest.raises(TunnelError, match="found it refused: 400 The SSL certificate error"):
         tunnel.check(mallory)
 
 
 def test_another_federations_gateway_is_not_talked_to(gateway: Stand, tmp_path: Path) -> None:
     certs.issue(tmp_path / "other", ())
-    alice = operators.issue(tmp_path / "other", "alice")
+    alice = tmp_path / "other" / "operator.crt"
     port = gateway.ports["remote-operator"]
     way = Route(
         f"localhost:{port}", tmp_path / "other" / "ca.crt", alice, alice.with_suffix(".key")
@@ -93,7 +92,7 @@ def test_another_federations_gateway_is_not_talked_to(gateway: Stand, tmp_path: 
 
 
 def test_a_key_of_another_certificate_is_said(gateway: Stand) -> None:
-    alice = operators.issue(gateway.pki, "alice")
+    alice = gateway.pki / "operator.crt"
     way = Route("localhost:1", gateway.pki / "ca.crt", alice, gateway.pki / "superlink.key")
     with pytest.raises(TunnelError, match=r"with its key .*found: "):
         way.context()
@@ -103,17 +102,3 @@ def test_the_near_end_is_tls_too_with_a_ca_of_its_own(gateway: Stand, tmp_path: 
     ca = tunnel.local_ca(tmp_path / "tunnel")
     assert ca.read_bytes() != (gateway.pki / "ca.crt").read_bytes()
     assert ssl.create_default_context(cafile=str(ca)).get_ca_certs()
-
-
-def test_an_operators_certificate_stays_until_it_is_time(tmp_path: Path) -> None:
-    certs.issue(tmp_path, ())
-    first = operators.issue(tmp_path, "alice").read_bytes()
-    assert operators.issue(tmp_path, "alice").read_bytes() == first
-    assert (tmp_path / "operators" / "alice.key").stat().st_mode & 0o777 == 0o600
-
-
-@pytest.mark.parametrize("name", ["", "../ca", "a,OU=operator", "a b", "x" * 64, "é"])
-def test_a_name_that_could_be_mistaken_is_refused(tmp_path: Path, name: str) -> None:
-    certs.issue(tmp_path, ())
-    with pytest.raises(certs.CertsError, match="expected an operator's name"):
-        operators.issue(tmp_path, name)

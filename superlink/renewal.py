@@ -1,0 +1,78 @@
+"""A renewed certificate takes effect while the SuperLink runs: no run is stopped for it.
+
+uvicorn, which Flower's SuperLink runs in, reads its certificate once. Here it is told, by its own
+option ``ssl_context_factory``, to use a TLS context that this module keeps: when the certificate's
+file has changed it is loaded into that context, and new connections are shown the new one. What
+does not load (a certificate without its key, half a hand-out) is said and left alone.
+"""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Callable
+from logging import INFO, WARNING
+from pathlib import Path
+from typing import Any
+
+LOOK_S = 5.0
+
+
+class Renewal:
+    """Loads a certificate into a TLS context again whenever its file has changed.
+
+    Args:
+        context: that a server uses.
+        certificate: PEM file.
+        key: its private key.
+    """
+
+    def __init__(self, context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+        self._context, self._certificate, self._key = context, certificate, key
+        self._seen = certificate.read_bytes()
+
+    def look(self) -> bool:
+        """Look at the file once; whether a new certificate is in use now.
+
+        Raises:
+            OSError: the file is gone, or what is in it is no certificate of this key.
+        """
+        content = self._certificate.read_bytes()
+        if content == self._seen:
+            return False
+        self._seen = content
+        # A context is changed even by a pair that does not match: try it on another one.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._certificate, self._key)
+        self._context.load_cert_chain(self._certificate, self._key)
+        return True
+
+    def watch(self, stop: threading.Event, every: float = LOOK_S) -> None:
+        """Look again and again until ``stop`` is set."""
+        from flwr.supercore import log
+
+        while not stop.wait(every):
+            try:
+                if self.look():
+                    log(INFO, "The SuperLink's certificate was renewed; new connections get it")
+            except OSError as error:  # ssl.SSLError is one
+                log(WARNING, "The SuperLink's certificate cannot be renewed: %s", error)
+
+
+def install(certificate: Path, key: Path) -> None:
+    """Have the uvicorn that this process is about to run take up renewed certificates."""
+    import uvicorn
+
+    run = uvicorn.run
+
+    def context(config: Any, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+        made = default()
+        renewal = Renewal(made, certificate, key)
+        threading.Thread(
+            target=renewal.watch, args=(threading.Event(),), name="renewal", daemon=True
+        ).start()
+        return made
+
+    def run_with_context(*arguments: Any, **options: Any) -> None:
+        run(*arguments, **options, ssl_context_factory=context)
+
+    uvicorn.run = run_with_context

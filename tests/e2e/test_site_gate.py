@@ -1,0 +1,472 @@
+"""A site gate in a real federation: what its policy does not allow never reaches the SuperLink.
+
+Two gated SuperNodes, a real SuperLink, TLS. An app that the hospitals approved does as it is told,
+also what no reviewer should have let through: the gate must hold all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.cli.build import build_fab_from_disk
+
+import certs
+from medfed import processes
+from medfed.paths import Home
+from superlink import health
+from superlink.control import Control
+from superlink.errors import SuperLinkError
+from supernode import roster
+from supernode.gate import audit, policy
+from supernode.gate.site import Site
+from tests.e2e.warm_federation import PYPROJECT, ROOT
+
+pytestmark = pytest.mark.processes
+
+NAMES = ("supernode-00", "supernode-01")
+SIZE = 2000
+SECRET = "Patient 4711 has a rare disease"
+
+CONFIG = """
+[tool.flwr.app.config]
+steps = "good"
+kind = "train"
+out = ""
+"""
+
+SERVER = """
+import json
+from pathlib import Path
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import ServerApp
+from app import polling
+
+app = ServerApp()
+
+@app.main()
+def main(grid, context):
+    out = Path(context.run_config["out"])
+    nodes = sorted(grid.get_nodes(), key=lambda node: node.name)
+    rounds = []
+    for number, step in enumerate(context.run_config["steps"].split()):
+        array = ArrayRecord({"adapter": Array(np.zeros(8, dtype=np.float32))})
+        messages = [
+            Message(
+                RecordDict({"arrays": array, "ask": ConfigRecord({"step": step})}),
+                dst_node_id=node.node_id,
+                message_type=context.run_config["kind"],
+                group_id=str(number),
+            )
+            for node in nodes
+        ]
+        names = {node.node_id: node.name for node in nodes}
+        told = {}
+        for reply in polling.replies(grid, messages, 120.0):
+            name = names.get(reply.metadata.src_node_id, "the SuperLink")
+            if reply.has_error():
+                told[name] = {"error": reply.error.reason}
+            else:
+                told[name] = {
+                    "records": sorted(reply.content),
+                    "numbers": {
+                        key: value
+                        for kind in (reply.content.metric_records, reply.content.config_records)
+                        for record in kind.values()
+                        for key, value in record.items()
+                    },
+                    "sum": float(sum(
+                        array.numpy().sum()
+                        for record in reply.content.array_records.values()
+                        for array in record.values()
+                    )),
+                }
+        rounds.append(told)
+        out.write_text(json.dumps(rounds))
+"""
+
+CLIENT = f"""
+import json, time
+from pathlib import Path
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+SIZE = {SIZE}
+
+@app.query()
+def identify(message, context):
+    identity = ConfigRecord({{"partition-id": int(context.node_config["partition-id"])}})
+    return Message(RecordDict({{"identity": identity}}), reply_to=message)
+
+@app.train()
+def train(message, context):
+    rows = Path(context.node_config["data-path"], "train.jsonl").read_text()
+    record = json.loads(rows)["output"]
+    step = message.content["ask"]["step"]
+    if context.node_config["name"] == "supernode-01":
+        step = "good"
+    if step.startswith("wait:"):
+        waiting = Path(step.removeprefix("wait:"))
+        waiting.touch()
+        while waiting.exists():
+            time.sleep(0.1)
+    if step == "raise":
+        raise ValueError("cannot read " + record)
+    values = np.full(SIZE, 0.5, dtype=np.float32)
+    if step == "nan":
+        values[7] = np.nan
+    if step == "infinite":
+        values[7] = np.inf
+    if step == "norm":
+        values *= 1e6
+    if step == "oversized":
+        values = np.zeros(1_000_000, dtype=np.float32)
+    if step == "shape":
+        values = values.reshape(2, -1)
+    if step == "dtype":
+        values = values.astype(np.float64)
+    if step == "rows":
+        values = np.frombuffer(record.encode().ljust(4 * 40), dtype=np.int32)
+    arrays = {{"adapter": Array(np.ascontiguousarray(values))}}
+    if step == "array":
+        arrays["more"] = Array(np.zeros(3, dtype=np.float32))
+    content = RecordDict({{"arrays": ArrayRecord(arrays)}})
+    content["metrics"] = MetricRecord({{"num-examples": 3, "train-loss": 0.25}})
+    if step == "metric":
+        content["metrics"] = MetricRecord({{record: 1}})
+    if step == "text":
+        content["metrics"] = ConfigRecord({{"train-loss": record}})
+    if step == "record":
+        content["rows"] = ConfigRecord({{"row": record}})
+    if step == "list":
+        content["metrics"] = MetricRecord({{"train-loss": [ord(letter) for letter in record]}})
+    return Message(content, reply_to=message)
+"""
+
+REFUSED = {
+    "array": "found 1 others",
+    "record": "found 1 others",
+    "text": "kind MetricRecord, found ConfigRecord",
+    "metric": "only metrics that the policy names",
+    "list": "expected one number as train-loss",
+    "rows": "expected an adapter of float32",
+    "dtype": "expected an adapter of float32, found float64",
+    "shape": f"expected an adapter of {SIZE} numbers in one row",
+    "nan": "finite numbers",
+    "infinite": "finite numbers",
+    "norm": "of norm 1000 at most",
+    "oversized": "expected at most",
+}
+
+
+def free_port() -> int:
+    while True:
+        first = random.randrange(26000, 26990, 10)
+        with ExitStack() as probes:
+            try:
+                for port in range(first, first + 4):
+                    probes.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+            return first
+
+
+def until(what: Callable[[], bool], deadline_s: float, message: Callable[[], str]) -> None:
+    end = time.monotonic() + deadline_s
+    while not what():
+        assert time.monotonic() < end, message()
+        time.sleep(0.1)
+
+
+def write_app(folder: Path, note: str = "") -> bytes:
+    """Write the app; its FAB."""
+    package = folder / "app"
+    package.mkdir(parents=True)
+    head, _ = PYPROJECT.split("[tool.flwr.app.config]")
+    (folder / "pyproject.toml").write_text(head + CONFIG)
+    (folder / "LICENSE").write_text("Apache-2.0\n")
+    (package / "__init__.py").write_text(note)
+    (package / "server_app.py").write_text(SERVER)
+    (package / "client_app.py").write_text(CLIENT)
+    (package / "polling.py").write_text((ROOT / "app" / "polling.py").read_text())
+    return build_fab_from_disk(folder)
+
+
+class Gated:
+    """The federation with its two sites."""
+
+    def __init__(self, root: Path) -> None:
+        self.home = Home(root)
+        self.fab = write_app(root / "app" / "small")
+        for name in NAMES:
+            folder = self.home.partitions / name
+            folder.mkdir(parents=True)
+            row = {"instruction": "a", "input": "", "output": SECRET}
+            (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+            policy.create(self.site(name).policy, name, SIZE)
+            self.site(name).approve(self.fab, "Dr. A", "for the tests")
+        self.port = free_port()
+
+    def site(self, name: str) -> Site:
+        return Site.at(self.home.sites / name)
+
+    def up(self) -> processes.Up:
+        count = len(NAMES)
+        return processes.up(self.home, roster.load(), count=count, port=self.port, deadline_s=80)
+
+    def control(self) -> Control:
+        return Control(f"127.0.0.1:{self.port}", self.home.certs / "ca.crt")
+
+    def start(self, fab: bytes, **config: str) -> tuple[int, Path]:
+        out = self.home.root / f"out-{time.monotonic_ns()}.json"
+        with self.control() as control:
+            return control.start_run(fab, {"out": str(out), **config}), out
+
+    def run(self, fab: bytes, **config: str) -> list[dict[str, Any]]:
+        """Run the app to its end; what its ServerApp was told, round by round and by name."""
+        run_id, out = self.start(fab, **config)
+        return self.finish(run_id, out)
+
+    def finish(self, run_id: int, out: Path) -> list[dict[str, Any]]:
+        with self.control() as control:
+            until(lambda: control.run(run_id).finished, 120, lambda: self.log(NAMES[0])[-3000:])
+            run = control.run(run_id)
+            assert run.status == "completed", "".join(control.logs(run_id)) + run.details
+        return json.loads(out.read_text())
+
+    def log(self, name: str) -> str:
+        return (self.home.supernodes / name / "supernode.log").read_text()
+
+    def audited(self, name: str) -> list[dict[str, Any]]:
+        audit.verify(self.site(name).audit)
+        return list(audit.entries(self.site(name).audit))
+
+    def all_online(self) -> bool:
+        return all(one.alive and one.online for one in processes.status(self.home))
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gated]:
+    gated = Gated(tmp_path_factory.mktemp("gated"))
+    gated.up()
+    yield gated
+    processes.down(gated.home)
+
+
+@pytest.fixture(scope="module")
+def rounds(gated: Gated) -> dict[str, dict[str, Any]]:
+    """One run: a round for each thing that supernode-00 tries, good ones around them."""
+    steps = ["good", *REFUSED, "raise", "last"]
+    return dict(zip(steps, gated.run(gated.fab, steps=" ".join(steps)), strict=True))
+
+
+GOOD = {
+    "records": ["arrays", "metrics"],
+    "numbers": {"num-examples": 3, "train-loss": 0.25},
+    "sum": SIZE / 2,
+}
+
+
+def test_status_shows_the_gate(gated):
+    gates = {one.name: one.gate for one in processes.status(gated.home)}
+    assert gates == {"superlink": None, "warm": None, **dict.fromkeys(NAMES, True)}
+
+
+def test_what_is_allowed_leaves_unchanged(rounds):
+    assert rounds["good"] == dict.fromkeys(NAMES, GOOD)
+
+
+@pytest.mark.parametrize("step", REFUSED)
+def test_what_is_not_allowed_becomes_an_error_and_the_round_goes_on(rounds, step):
+    error = rounds[step]["supernode-00"]["error"]
+    assert error.startswith("site gate of supernode-00: its reply was withheld: ")
+    assert REFUSED[step] in error
+    assert rounds[step]["supernode-01"] == GOOD
+
+
+def test_the_words_of_an_apps_error_stay_at_the_hospital(gated, rounds):
+    error = rounds["raise"]["supernode-00"]["error"]
+    assert error == "the ClientApp raised an exception; its words stay here"
+    assert any(SECRET in str(entry.get("detail")) for entry in gated.audited("supernode-00"))
+
+
+def test_no_word_of_a_record_reached_the_coordinator(gated, rounds):
+    assert rounds
+    words = SECRET.encode()
+    for path in gated.home.superlink.rglob("*"):
+        if path.is_file():
+            assert words not in path.read_bytes(), path
+
+
+def test_the_node_lives_on(gated, rounds):
+    assert rounds["last"] == dict.fromkeys(NAMES, GOOD)
+    assert gated.all_online()
+
+
+def test_an_identity_is_answered(gated):
+    (told,) = gated.run(gated.fab, kind="query", steps="good")
+    assert [told[name]["numbers"] for name in NAMES] == [{"partition-id": 0}, {"partition-id": 1}]
+
+
+def test_every_message_and_decision_is_in_the_log(gated, rounds):
+    entries = gated.audited("supernode-00")
+    assert entries[0]["event"] == "started"
+    replies = [entry for entry in entries if entry["event"] == "reply"]
+    decisions = {entry["round"]: entry["decision"] for entry in replies if entry["type"] == "train"}
+    expected = ["released", *["refused"] * len(REFUSED), "error", "released"]
+    assert [decisions[str(number)] for number in range(len(expected))] == expected
+    messages = {entry["message"] for entry in entries if entry["event"] == "message"}
+    assert messages == {entry["message"] for entry in replies}
+    released = next(entry for entry in replies if entry["decision"] == "released")
+    assert released["bytes-out"] > SIZE * 4
+    assert released["bytes-in"] > 8 * 4
+
+
+def unapproved(gated: Gated, tmp_path: Path) -> bytes:
+    return write_app(tmp_path / "small", note="# one comment more\n")
+
+
+def altered(gated: Gated, tmp_path: Path) -> bytes:
+    """The time of the first file in the archive: not even its code is another one."""
+    fab = bytearray(gated.fab)
+    fab[10] ^= 1
+    return bytes(fab)
+
+
+@pytest.mark.parametrize("other", [unapproved, altered])
+def test_no_other_fab_runs_not_even_one_that_differs_in_a_byte(gated, tmp_path, other):
+    fab = other(gated, tmp_path)
+    assert fab != gated.fab
+    before = set((gated.home.supernodes / NAMES[0] / "flwr").rglob("*.py"))
+    (told,) = gated.run(fab, steps="good")
+    for name in NAMES:
+        assert f"site gate of {name}: the FAB " in told[name]["error"]
+        assert "is not approved here" in told[name]["error"]
+        assert gated.audited(name)[-1]["decision"] == "refused"
+    # It was neither installed nor looked at, and what is approved still runs.
+    assert set((gated.home.supernodes / NAMES[0] / "flwr").rglob("*.py")) == before
+    assert gated.run(gated.fab, steps="good") == [dict.fromkeys(NAMES, GOOD)]
+
+
+def test_what_was_approved_later_runs_after_a_restart_and_the_log_goes_on(gated, tmp_path):
+    fab = unapproved(gated, tmp_path)
+    for name in NAMES:
+        assert gated.site(name).approve(fab, "Dr. B", "") is not None
+    before = gated.audited("supernode-00")
+    victim = next(one for one in processes.load(gated.home).supernodes if one.name == NAMES[0])
+    os.kill(victim.pid, signal.SIGKILL)
+    os.waitpid(victim.pid, 0)
+    gated.up()
+    (told,) = gated.run(fab, steps="good")
+    assert told["supernode-00"] == GOOD
+    assert "is not approved here" in told["supernode-01"]["error"]  # it was not restarted
+    after = gated.audited("supernode-00")
+    assert after[: len(before)] == before
+    assert after[len(before)]["event"] == "started"
+
+
+def taken_up(gated: Gated) -> None:
+    """Wait until the SuperLink shows the certificate that is on the disk."""
+    at = ("127.0.0.1", gated.port)
+    ca, path = str(gated.home.certs / "ca.crt"), gated.home.certs / "superlink.crt"
+    until(
+        lambda: ssl.get_server_certificate(at, ca_certs=ca).encode() == path.read_bytes(),
+        30,
+        lambda: (gated.home.superlink / "superlink.log").read_text()[-2000:],
+    )
+
+
+def test_a_certificate_is_renewed_while_a_round_runs(gated):
+    waiting = gated.home.root / "waiting"
+    run = gated.start(gated.fab, steps=f"wait:{waiting}")
+    until(waiting.exists, 60, lambda: gated.log(NAMES[0]))
+    before = (gated.home.certs / "superlink.crt").read_bytes()
+    certs.renew(gated.home.certs, timedelta(days=366))
+    assert (gated.home.certs / "superlink.crt").read_bytes() != before
+    taken_up(gated)
+    assert health.look("127.0.0.1", gated.port, gated.home.certs / "ca.crt") == (None, [])
+    waiting.unlink()
+    assert gated.finish(*run) == [dict.fromkeys(NAMES, GOOD)]
+
+
+def test_the_ca_is_rotated_with_an_overlap(gated):
+    old = (gated.home.certs / "ca.crt").read_bytes()
+    certs.begin_rotation(gated.home.certs)
+    processes.down(gated.home)
+    gated.up()  # everybody reads the bundle
+    certs.switch_rotation(gated.home.certs)
+    taken_up(gated)
+    assert gated.run(gated.fab, steps="good") == [dict.fromkeys(NAMES, GOOD)]
+    certs.finish_rotation(gated.home.certs)
+    assert gated.run(gated.fab, steps="good") == [dict.fromkeys(NAMES, GOOD)]
+    assert gated.all_online()
+    # Who was not given the new CA no longer takes the SuperLink for the SuperLink.
+    stale = gated.home.root / "stale.crt"
+    stale.write_bytes(old)
+    with (
+        Control(f"127.0.0.1:{gated.port}", stale) as control,
+        pytest.raises(SuperLinkError, match="CERTIFICATE_VERIFY_FAILED"),
+    ):
+        control.nodes()
+
+
+def test_a_round_in_flight_goes_on_without_a_revoked_institution(gated, monkeypatch, tmp_path):
+    """The last test here: supernode-00 does not come back, also not with its own key."""
+    from typer.testing import CliRunner
+
+    from medfed.commands.certs import app as certs_app
+
+    name = NAMES[0]
+    for half in ("key", "pub"):
+        shutil.copy(gated.home.certs / "supernodes" / f"{name}.{half}", tmp_path)
+    waiting = gated.home.root / "waiting"
+    run = gated.start(gated.fab, steps=f"wait:{waiting} good")
+    until(waiting.exists, 60, lambda: gated.log(name))
+    monkeypatch.setenv("MEDFED_HOME", str(gated.home.root))
+    told = CliRunner().invoke(certs_app, ["revoke", name], catch_exceptions=False).stdout
+    assert f"unregistered at 127.0.0.1:{gated.port}" in told
+    first, second = gated.finish(*run)
+    assert first["supernode-01"] == second["supernode-01"] == GOOD
+    # The SuperLink answers what supernode-00 was working on, and does not ask it again.
+    assert set(first) == {"supernode-01", "the SuperLink"}
+    assert "navailable" in first["the SuperLink"]["error"]
+    assert name not in second
+    process = next(one for one in processes.load(gated.home).supernodes if one.name == name)
+    until(lambda: process.find() is None, 60, lambda: gated.log(name)[-2000:])
+
+    again = subprocess.run(
+        [
+            *(sys.executable, "-m", "supernode", "--name", name),
+            *("--superlink", f"127.0.0.1:{gated.port}", "--ca", gated.home.certs / "ca.crt"),
+            *("--key", tmp_path / f"{name}.key", "--data", gated.home.partitions / name),
+            *("--runtime-port", str(free_port()), "--patience", "0"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "FLWR_HOME": str(tmp_path / "flwr")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert again.returncode == 1
+    assert f"expected the key of {name} to be registered" in again.stderr
+    with gated.control() as control, pytest.raises(SuperLinkError, match="already in use"):
+        control.register({name: tmp_path / f"{name}.pub"})
+    assert [one.name for one in gated.up().federation.supernodes] == [NAMES[1]]
