@@ -42,7 +42,8 @@ def hand_out(home: Home, names: Iterable[str], volumes: Volumes) -> int:
 
     A SuperNode gets its key pair, the CA's certificate and its partition (``data/``). The SuperLink
     gets its certificate, that certificate's key and the CA's certificate. Public are the CA's
-    certificate and the public keys of these SuperNodes and no others. The CA's key goes nowhere.
+    certificate, the public keys of these SuperNodes and no others, and the list of revoked ones. The
+    CA's key goes nowhere. An institution whose private key is not here gets nothing.
 
     Returns:
         How many files were written or replaced.
@@ -59,12 +60,18 @@ def hand_out(home: Home, names: Iterable[str], volumes: Volumes) -> int:
     written += _lay(ca, volumes.superlink / "ca.crt", _PUBLIC)
     written += _lay(home.certs / "superlink.crt", volumes.superlink / "superlink.crt", _PUBLIC)
     written += _lay(home.certs / "superlink.key", volumes.superlink / "superlink.key", _PRIVATE)
+    if (revoked := home.certs / "revoked.json").exists():
+        written += _lay(revoked, volumes.public / "revoked.json", _PUBLIC)
     for name in names:
         site, keys = volumes.sites / name, home.certs / "supernodes"
+        written += _lay(
+            keys / f"{name}.pub", volumes.public / "supernodes" / f"{name}.pub", _PUBLIC
+        )
+        if not (keys / f"{name}.key").exists():
+            continue  # an institution that made its own pair runs its SuperNode itself
         written += _lay(ca, site / "ca.crt", _PUBLIC)
         written += _lay(keys / f"{name}.key", site / f"{name}.key", _PRIVATE)
-        for folder in (site, volumes.public / "supernodes"):
-            written += _lay(keys / f"{name}.pub", folder / f"{name}.pub", _PUBLIC)
+        written += _lay(keys / f"{name}.pub", site / f"{name}.pub", _PUBLIC)
         written += _partition(home.partitions / name, site / "data")
     return written
 
