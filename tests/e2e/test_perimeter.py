@@ -309,6 +309,7 @@ def test_a_supernode_talks_to_the_federations_gateway_alone(
 # --- the gateway's side: TLS ---
 
 
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 def test_the_gateway_speaks_tls_1_2_and_1_3_and_says_why_it_speaks_nothing_else(
     perimeter: Perimeter,
 ) -> None:

@@ -218,6 +218,7 @@ def test_one_institution_that_asks_too_much_is_put_off_and_another_is_not(fresh:
 
 
 @needs_nginx
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 @pytest.mark.parametrize("version", ["TLSv1", "TLSv1_1", "TLSv1_2", "TLSv1_3"])
 def test_tls_1_2_and_1_3_are_spoken_and_nothing_older(fresh: Stand, version: str) -> None:
     context = fresh.trust()
