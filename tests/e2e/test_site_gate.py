@@ -26,6 +26,9 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 import certs
+import certs.files
+import certs.keys
+import certs.pki
 from medfed import processes
 from medfed.paths import Home
 from superlink import health
@@ -427,8 +430,19 @@ def test_the_ca_is_rotated_with_an_overlap(gated):
         control.nodes()
 
 
+def supernode(gated: Gated, name: str, key: Path) -> list[str | Path]:
+    """The command that starts a SuperNode as its hospital would."""
+    return [
+        *(sys.executable, "-m", "supernode", "--name", name),
+        *("--superlink", f"127.0.0.1:{gated.port}", "--ca", gated.home.certs / "ca.crt"),
+        *("--key", key, "--data", gated.home.partitions / name),
+        *("--runtime-port", str(free_port()), "--patience", "0"),
+        *("--site", gated.site(name).folder),
+    ]
+
+
 def test_a_round_in_flight_goes_on_without_a_revoked_institution(gated, monkeypatch, tmp_path):
-    """The last test here: supernode-00 does not come back, also not with its own key."""
+    """And it does not come back with its old key."""
     from typer.testing import CliRunner
 
     from medfed.commands.certs import app as certs_app
@@ -452,12 +466,7 @@ def test_a_round_in_flight_goes_on_without_a_revoked_institution(gated, monkeypa
     until(lambda: process.find() is None, 60, lambda: gated.log(name)[-2000:])
 
     again = subprocess.run(
-        [
-            *(sys.executable, "-m", "supernode", "--name", name),
-            *("--superlink", f"127.0.0.1:{gated.port}", "--ca", gated.home.certs / "ca.crt"),
-            *("--key", tmp_path / f"{name}.key", "--data", gated.home.partitions / name),
-            *("--runtime-port", str(free_port()), "--patience", "0"),
-        ],
+        supernode(gated, name, tmp_path / f"{name}.key"),
         cwd=ROOT,
         env={**os.environ, "FLWR_HOME": str(tmp_path / "flwr")},
         capture_output=True,
@@ -470,3 +479,26 @@ def test_a_round_in_flight_goes_on_without_a_revoked_institution(gated, monkeypa
     with gated.control() as control, pytest.raises(SuperLinkError, match="already in use"):
         control.register({name: tmp_path / f"{name}.pub"})
     assert [one.name for one in gated.up().federation.supernodes] == [NAMES[1]]
+
+    # It comes back with a key of its own making, when somebody says so. Only its .pub travels.
+    key, sent = tmp_path / "own" / f"{name}.key", tmp_path / "own" / f"{name}.pub"
+    pair = certs.pki.new_key()
+    sent.parent.mkdir()
+    certs.files.write(key, certs.keys.private_to_openssh(pair), certs.files.PRIVATE)
+    sent.write_bytes(certs.keys.public_to_openssh(pair.public_key(), name))
+    enrol = ["enrol", name, str(sent), "--readmit"]
+    told = CliRunner().invoke(certs_app, enrol, catch_exceptions=False).stdout
+    assert f"registered at 127.0.0.1:{gated.port}" in told
+    process = subprocess.Popen(
+        supernode(gated, name, key),
+        cwd=ROOT,
+        env={**os.environ, "FLWR_HOME": str(tmp_path / "flwr")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with gated.control() as control:
+            control.wait_online(NAMES, 60)
+    finally:
+        process.terminate()
+        process.wait(30)

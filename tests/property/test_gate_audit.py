@@ -48,7 +48,7 @@ def test_what_was_written_is_whole_and_reads_back(facts):
         assert len(lines) == len(facts)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.lists(FACTS, min_size=2, max_size=6), st.data())
 def test_any_changed_byte_is_found(facts, data):
     with tempfile.TemporaryDirectory() as name:
@@ -66,7 +66,7 @@ def test_any_changed_byte_is_found(facts, data):
         assert caught.value.line - line in ({0, 1} if moved else {0})
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(FACTS, min_size=2, max_size=6), st.data())
 def test_any_deleted_doubled_or_swapped_line_is_found(facts, data):
     with tempfile.TemporaryDirectory() as name:
