@@ -761,3 +761,45 @@ print((v1 if v1.exists() else v2).read_text(), *(p.read_text() for p in pids if 
         limit = 1024 * MB if service in {"gateway", "operator"} else 8 * 1024 * MB
         assert int(memory) == limit, service
         assert int(processes) == (64 if service in {"gateway", "operator"} else 512), service
+
+
+# --- the last one: nobody brings this institution back ---
+
+STRAIGHT = """
+import base64, http.client, json, ssl
+context = ssl.create_default_context(cafile="/certs/ca.crt")
+connection = http.client.HTTPSConnection("superlink", 8000, timeout=30, context=context)
+connection.request("POST", {path!r}, base64.b64decode({body!r}), json.loads({headers!r}))
+print(connection.getresponse().status)
+"""
+
+
+def test_a_revoked_institution_is_put_out_and_does_not_come_back(perimeter: Perimeter) -> None:
+    project, gone, stays = perimeter.project, SITES[2], SITES[1]
+    assert perimeter.heartbeat(perimeter.sign(gone), gone).status == 200
+    command = ("run", "--rm", "-T", "--entrypoint", "python -m medfed.cli", "provision")
+    project.compose(*command, "certs", "revoke", gone)
+    project.compose("run", "--rm", "-T", "provision", timeout=300)
+    project.compose("run", "--rm", "-T", "--no-deps", "register")
+    until(
+        lambda: UNKNOWN_KEY in perimeter.heartbeat(perimeter.sign(gone), gone).text,
+        20,
+        lambda: perimeter.gateway_log()[-2000:],
+    )
+    # Its SuperNode ends, starts anew, and is told why it may not.
+    until(
+        lambda: b"one that was revoked is never registered again" in project.container(gone).logs(),
+        90,
+        lambda: str(project.container(gone).logs(tail=20).decode()),
+    )
+    # The SuperLink behind the gateway refuses it too.
+    beat = SendNodeHeartbeatRequest(
+        node=NodeMessage(node_id=perimeter.ids[gone]), heartbeat_interval=30
+    )
+    straight = STRAIGHT.format(
+        path=HEARTBEAT,
+        body=base64.b64encode(beat.SerializeToString()).decode(),
+        headers=json.dumps({**PROTOBUF, **perimeter.sign(gone)}),
+    )
+    assert project.python("gateway", straight) == "401"
+    assert perimeter.heartbeat(perimeter.sign(stays), stays).status == 200
