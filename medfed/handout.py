@@ -40,7 +40,7 @@ class Volumes:
 def hand_out(home: Home, names: Iterable[str], volumes: Volumes) -> int:
     """Lay in each volume what its owner gets; what is there already stays as it is.
 
-    A SuperNode gets its key pair, the CA's certificate and its partition (``data/``). The SuperLink
+    A SuperNode gets its key pair, the CA's certificate, its partition (``data/``). The SuperLink
     gets its certificate, that certificate's key and the CA's certificate. Public are the CA's
     certificate, the public keys of these SuperNodes and no others, and the list of revoked ones. The
     CA's key goes nowhere. An institution whose private key is not here gets nothing.
