@@ -42,8 +42,8 @@ def hand_out(home: Home, names: Iterable[str], volumes: Volumes) -> int:
 
     A SuperNode gets its key pair, the CA's certificate, its partition (``data/``). The SuperLink
     gets its certificate, that certificate's key and the CA's certificate. Public are the CA's
-    certificate, the public keys of these SuperNodes and no others, and the list of revoked ones. The
-    CA's key goes nowhere. An institution whose private key is not here gets nothing.
+    certificate, the public keys of these SuperNodes and no others, and the list of revoked ones.
+    The CA's key goes nowhere. An institution whose private key is not here gets nothing.
 
     Returns:
         How many files were written or replaced.

@@ -1,4 +1,4 @@
-"""Train as the template does: cut the partition, tokenise it, load the model, train, send it back."""
+"""Train as the template does: cut, tokenise, load the model, train, send it back."""
 
 from __future__ import annotations
 
