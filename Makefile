@@ -1,6 +1,7 @@
 # make setup   .venv from the pinned requirements; quick when nothing changed
 # make demo    a federation of 20 on this machine, from nothing to a trained adapter
 # make test    lint, types, unit tests and the process federation (CI adds the containers)
+# make audit   known vulnerabilities in the pinned packages, where their databases can be reached
 # make bench   every benchmark, results under benchmarks/results/
 # make wheelhouse   every wheel an image needs, for a build without a registry
 
@@ -11,7 +12,7 @@ STAMP  := $(VENV)/.setup-stamp
 
 PACKAGES := app superlink supernode certs embedded evaluation medfed
 
-.PHONY: setup demo test lint bench wheelhouse clean
+.PHONY: setup demo test lint audit bench wheelhouse clean
 
 setup: $(STAMP)
 
@@ -38,9 +39,16 @@ lint: setup
 	@git ls-files -co --exclude-standard -- '*.sh' .ci/run | xargs $(BIN)/shellcheck
 	@git ls-files -co --exclude-standard -- '*.yml' '*.yaml' | xargs $(BIN)/yamllint --strict
 
+# Asks databases on the internet, so it is not part of `test`; its packages stay out of .venv.
+audit:
+	@$(PYTHON) -m venv build/audit
+	@build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	@build/audit/bin/pip-audit --disable-pip --no-deps --requirement requirements/runtime.txt
+
 bench: setup
 	@$(BIN)/python -m benchmarks.training
 	@$(BIN)/python -m benchmarks.rounds
+	@$(BIN)/python -m benchmarks.gateway
 
 wheelhouse: setup
 	@PYTHON=$(BIN)/python requirements/wheelhouse.sh

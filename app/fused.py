@@ -40,7 +40,7 @@ def fused(network: nn.Module) -> Iterator[None]:
         yield
 
 
-def _forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _forward(module: Any) -> Callable[[Tensor], Tensor] | None:
     name = type(module).__name__
     if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         weight, epsilon, usual = module.weight, module.variance_epsilon, module.forward
@@ -56,7 +56,7 @@ def _forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         if "silu" not in type(module.act_fn).__name__.lower():
             return None
         return lambda hidden: module.down_proj(
-            _Gate.apply(module.gate_proj(hidden), module.up_proj(hidden))
+            gate(module.gate_proj(hidden), module.up_proj(hidden))
         )
     return None
 
@@ -74,7 +74,7 @@ def _rotary_homes(network: nn.Module) -> set[Any]:
 
 def normalise(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm with a frozen weight: ``(..., width)`` to the same."""
-    normalised: Tensor = _Normalise.apply(hidden, weight, epsilon)
+    normalised: Tensor = _Normalise.apply(hidden, weight, epsilon)  # type: ignore[no-untyped-call]
     return normalised
 
 
@@ -84,7 +84,8 @@ class _Normalise(torch.autograd.Function):
         norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True)
         scale = (norm * norm / hidden.shape[-1] + epsilon).rsqrt()
         ctx.save_for_backward(hidden, weight, scale)
-        return (hidden * scale).mul_(weight)
+        normalised: Tensor = (hidden * scale).mul_(weight)
+        return normalised
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
@@ -95,19 +96,23 @@ class _Normalise(torch.autograd.Function):
         return gradient.mul_(scale).addcmul_(hidden, along, value=-1), None, None
 
 
-class _Gate(torch.autograd.Function):
-    """``silu(gate) * up``."""
+def gate(gates: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU's product ``silu(gates) * up``, both of one shape."""
+    product: Tensor = _Gate.apply(gates, up)  # type: ignore[no-untyped-call]
+    return product
 
+
+class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return silu(gate).mul_(up)
+    def forward(ctx: Any, gates: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gates, up)
+        return silu(gates).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        share = torch.sigmoid(gate)
-        activated = gate * share
+        gates, up = ctx.saved_tensors
+        share = torch.sigmoid(gates)
+        activated = gates * share
         towards_up = outer[0] * activated
         # The derivative of silu: share + activated - activated * share.
         slope = share.addcmul(activated, share, value=-1).add_(activated)
@@ -128,7 +133,8 @@ def rotate(
     """
     half = cos.shape[-1] // 2
     cosine, sine = (table[..., :half].unsqueeze(unsqueeze_dim) for table in (cos, sin))
-    return _Rotate.apply(q, cosine, sine), _Rotate.apply(k, cosine, sine)
+    rotated: Callable[..., Tensor] = _Rotate.apply
+    return rotated(q, cosine, sine), rotated(k, cosine, sine)
 
 
 class _Rotate(torch.autograd.Function):

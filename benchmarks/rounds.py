@@ -250,10 +250,17 @@ def _stock_rounds(log: Path) -> list[tuple[float, float]]:
 
 
 def deployment(bench: Bench, port: int) -> Measured:
-    """medfed on 20 SuperNodes, as ``medfed up`` starts them."""
+    """medfed on 20 SuperNodes, as ``medfed up`` starts them, with the gateway in front."""
+    home, names = bench.home, roster.load().names
+    certs.issue(home.certs, names)
+    with gateway(home.certs, home.root / "gateway", port, port + 50) as fleet:
+        return _deployed(bench, port, fleet)
+
+
+def _deployed(bench: Bench, port: int, fleet: str) -> Measured:
     home = bench.home
     began = time.monotonic()
-    up = processes.up(home, roster.load(), port=port)
+    up = processes.up(home, roster.load(), port=port, fleet=fleet)
     try:
         online_s = time.monotonic() - began
         say(f"deployment: 20 SuperNodes online after {online_s:.1f} s")
@@ -314,6 +321,26 @@ def simulation(bench: Bench, port: int) -> Measured:
         say("simulation: running")
         _wait(lambda: (folder / "summary.json").exists(), 1800, f"{folder}/summary.json, see {log}")
         return measured(bench.rounds(int(found[1])))
+
+
+@contextlib.contextmanager
+def gateway(pki: Path, scratch: Path, superlink: int, port: int) -> Iterator[str]:
+    """A gateway's fleet listener on ``port``, in front of a SuperLink's port; its address.
+
+    nginx that root has started works as another user: the way to ``scratch`` must be open to it.
+    """
+    scratch.mkdir(mode=0o711)
+    command = [
+        *("-m", "superlink.gateway", "--scratch", str(scratch)),
+        *("--superlink", f"127.0.0.1:{superlink}", "--superlink-name", "localhost"),
+        *("--certificate", str(pki / "superlink.crt"), "--key", str(pki / "superlink.key")),
+        *("--ca", str(pki / "ca.crt"), "--public-keys", str(pki / "supernodes")),
+        *("--fleet", f"127.0.0.1:{port}"),
+    ]
+    with _started() as start:
+        start(["python", *command], dict(os.environ), scratch / "log")
+        _wait(lambda: _listens(port), 30, f"a gateway on port {port}, see {scratch}/log")
+        yield f"localhost:{port}"
 
 
 class _Children:
@@ -441,6 +468,7 @@ def main() -> int:
         },
     }
     with tempfile.TemporaryDirectory(prefix="medfed-rounds-") as scratch:
+        Path(scratch).chmod(0o711)
         for number, (name, measure) in enumerate(sides.items()):
             if options.only and name not in options.only:
                 continue

@@ -37,7 +37,8 @@ RENEWAL = timedelta(days=30)
 # Clocks of hospitals differ; a fresh certificate must not be "not yet valid" at one of them.
 _CLOCK_SKEW = timedelta(minutes=5)
 
-DEFAULT_SANS = ("localhost", "127.0.0.1", "::1", "superlink")
+# In the containers the gateways in front of the SuperLink answer with its certificate.
+DEFAULT_SANS = ("localhost", "127.0.0.1", "::1", "superlink", "gateway", "operator")
 
 _KEY_USAGES = (
     "digital_signature",

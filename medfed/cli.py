@@ -25,6 +25,7 @@ from medfed.commands import (
     run,
     site,
     submit,
+    tunnel,
 )
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ app.command("up")(federation.up)
 app.command("status")(federation.status)
 app.command("down")(federation.down)
 app.command("connect")(connect.connect)
+app.command("tunnel")(tunnel.tunnel)
 app.command("run")(run.run)
 app.command("demo")(demo.demo)
 app.command("parity")(parity.parity)

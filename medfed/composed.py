@@ -16,12 +16,12 @@ class ComposeError(MedfedError):
 
 
 def published_address(project: Path) -> str:
-    """``HOST:PORT`` at which the running SuperLink is reached from this machine.
+    """``HOST:PORT`` at which this machine reaches the running federation's Control API.
 
     Raises:
         ComposeError: Docker Compose is not there, or the SuperLink does not run.
     """
-    return _compose(project, "port", "superlink", "8000")
+    return _compose(project, "port", "operator", "8000")
 
 
 def fetch_ca(project: Path, place: Path) -> None:

@@ -40,9 +40,10 @@ class Volumes:
 def hand_out(home: Home, names: Iterable[str], volumes: Volumes) -> int:
     """Lay in each volume what its owner gets; what is there already stays as it is.
 
-    A SuperNode gets its key pair, the CA's certificate and its partition (``data/``). The SuperLink
+    A SuperNode gets its key pair, the CA's certificate, its partition (``data/``). The SuperLink
     gets its certificate, that certificate's key and the CA's certificate. Public are the CA's
-    certificate and the SuperNodes' public keys. The CA's key goes nowhere.
+    certificate, the public keys of these SuperNodes and no others, and the list of revoked ones.
+    The CA's key goes nowhere. An institution whose private key is not here gets nothing.
 
     Returns:
         How many files were written or replaced.
@@ -51,16 +52,26 @@ def hand_out(home: Home, names: Iterable[str], volumes: Volumes) -> int:
         HandOutError: a key, a certificate or a partition is missing.
     """
     ca = home.certs / "ca.crt"
+    names = tuple(names)
+    for stale in (volumes.public / "supernodes").glob("*.pub"):
+        if stale.stem not in names:
+            stale.unlink()  # the gateway lets in whose key lies here
     written = _lay(ca, volumes.public / "ca.crt", _PUBLIC)
     written += _lay(ca, volumes.superlink / "ca.crt", _PUBLIC)
     written += _lay(home.certs / "superlink.crt", volumes.superlink / "superlink.crt", _PUBLIC)
     written += _lay(home.certs / "superlink.key", volumes.superlink / "superlink.key", _PRIVATE)
+    if (revoked := home.certs / "revoked.json").exists():
+        written += _lay(revoked, volumes.public / "revoked.json", _PUBLIC)
     for name in names:
         site, keys = volumes.sites / name, home.certs / "supernodes"
+        written += _lay(
+            keys / f"{name}.pub", volumes.public / "supernodes" / f"{name}.pub", _PUBLIC
+        )
+        if not (keys / f"{name}.key").exists():
+            continue  # an institution that made its own pair runs its SuperNode itself
         written += _lay(ca, site / "ca.crt", _PUBLIC)
         written += _lay(keys / f"{name}.key", site / f"{name}.key", _PRIVATE)
-        for folder in (site, volumes.public / "supernodes"):
-            written += _lay(keys / f"{name}.pub", folder / f"{name}.pub", _PUBLIC)
+        written += _lay(keys / f"{name}.pub", site / f"{name}.pub", _PUBLIC)
         written += _partition(home.partitions / name, site / "data")
     return written
 

@@ -187,6 +187,7 @@ def up(
     deadline_s: float = 180.0,
     use_gpu: bool = False,
     roster_path: Path = DEFAULT_ROSTER,
+    fleet: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Up:
     """Bring the federation up and return once all its SuperNodes are online.
@@ -202,6 +203,7 @@ def up(
         deadline_s: seconds for all SuperNodes to come online.
         use_gpu: give each SuperNode the roster's slice of a GPU.
         roster_path: where ``roster`` was read from.
+        fleet: ``HOST:PORT`` of a gateway to send the SuperNodes to; None: the SuperLink itself.
         progress: called with what is being done, how much of it is done, and of how much.
 
     Raises:
@@ -225,7 +227,7 @@ def up(
         for entry in entries:
             check_partition_folder(home.partitions / entry.name)
         issued = certs.issue(home.certs, [entry.name for entry in entries])
-        start = _Start(home, roster_path, port, use_gpu)
+        start = _Start(home, roster_path, port, fleet or f"{HOST}:{port}", use_gpu)
         started: list[Process] = []
         try:
             superlink = running.superlink if running else None
@@ -411,10 +413,11 @@ def _still_running(home: Home, port: int) -> tuple[Federation | None, Federation
 class _Start:
     """Starts processes that outlive this one, each with its own log and Flower home."""
 
-    def __init__(self, home: Home, roster: Path, port: int, use_gpu: bool) -> None:
+    def __init__(self, home: Home, roster: Path, port: int, fleet: str, use_gpu: bool) -> None:
         self._home = home
         self._roster = roster
         self._port = port
+        self._fleet = fleet
         self._use_gpu = use_gpu
 
     def superlink(self, institutions: Sequence[str]) -> Process:
@@ -436,7 +439,7 @@ class _Start:
         folder, pki = self._home.supernodes / entry.name, self._home.certs
         folder.mkdir(parents=True, exist_ok=True)
         command = [
-            *("supernode", "--name", entry.name, "--superlink", f"{HOST}:{self._port}"),
+            *("supernode", "--name", entry.name, "--superlink", self._fleet),
             *("--ca", str(pki / "ca.crt")),
             *("--key", str(pki / "supernodes" / f"{entry.name}.key")),
             *("--data", str(self._home.partitions / entry.name)),

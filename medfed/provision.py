@@ -40,7 +40,8 @@ def provision() -> None:
     ids = {entry.name: entry.partition for entry in roster.supernodes}
     if partitions.prepare(home.partitions, f"local/{flashcards.NAME}", ids):
         _say(f"cut {flashcards.NAME} into {len(ids)} partitions")
-    written = hand_out(home, roster.names, VOLUMES)
+    revoked = certs.revoked_names(home.certs)
+    written = hand_out(home, [name for name in roster.names if name not in revoked], VOLUMES)
     _say(f"handed out {written} files" if written else "nothing to hand out: all is there")
 
 

@@ -47,6 +47,8 @@ from flwr.proto.runtime_pb2 import (
 )
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from . import replay
+
 FLOWER = "1.41.0"
 
 Event = MutableMapping[str, Any]
@@ -435,7 +437,10 @@ def install() -> None:
 
 
 def run_superlink() -> None:
-    """Run ``flower-superlink`` on ``sys.argv``, holding questions where Flower allows it."""
+    """Run ``flower-superlink`` on ``sys.argv``, holding questions where Flower allows it.
+
+    Signatures are good once whatever the Flower: it does not start if that cannot be had.
+    """
     from logging import INFO, WARNING
 
     from flwr.supercore import log
@@ -447,4 +452,5 @@ def run_superlink() -> None:
     else:
         install()
         log(INFO, "Questions without an answer are held for up to %.0f s", HOLD_FLEET_S)
+    replay.install()  # last, so that it stands outermost: what is held is asked twice
     flower_superlink()

@@ -22,6 +22,7 @@ from .roster import Roster, SuperNodeEntry
 FILES = ("docker-compose.yml", "docker-compose.gpu.yml")
 
 _BEGIN, _END = "# rendered: ", "# end"
+_MOST_NETWORKS = 250
 
 
 def render(text: str, roster: Roster) -> str:
@@ -107,6 +108,26 @@ def _healthy(roster: Roster) -> Iterator[str]:
         yield f"{name}: *healthy"
 
 
+def _gateway_networks(roster: Roster) -> Iterator[str]:
+    for name in roster.names:
+        yield f"{name}:"
+
+
+def _networks(roster: Roster) -> Iterator[str]:
+    if len(roster.supernodes) > _MOST_NETWORKS:
+        raise SuperNodeError(
+            f"expected at most {_MOST_NETWORKS} SuperNodes on one machine, found "
+            f"{len(roster.supernodes)}",
+            "each has a network of its own; the others run elsewhere and come to MEDFED_FLEET",
+        )
+    for position, name in enumerate(roster.names):
+        subnet = f"${{MEDFED_SUBNETS:-10.77}}.{position}.0/28"
+        yield f"{name}:"
+        yield "  internal: true"
+        yield "  driver_opts: *no-host"
+        yield f"  ipam: {{config: [{{subnet: '{subnet}'}}]}}"
+
+
 def _volumes(roster: Roster) -> Iterator[str]:
     for name in roster.names:
         yield f"{name}:"
@@ -123,6 +144,7 @@ def _supernodes(roster: Roster) -> Iterator[str]:
             yield "  build: *supernode-build"
         yield f"  hostname: {entry.name}"
         yield f"  cpus: {entry.cpus:g}"
+        yield f"  networks: [{entry.name}]"
         yield f"  volumes: [*models, '{entry.name}:/site:ro']"
         yield f"  command: {_command(entry)}"
 
@@ -151,6 +173,8 @@ _BLOCKS: dict[str, Callable[[Roster], Iterator[str]]] = {
     "institutions": _institutions,
     "sites": _sites,
     "healthy": _healthy,
+    "gateway-networks": _gateway_networks,
+    "networks": _networks,
     "volumes": _volumes,
     "supernodes": _supernodes,
     "gpu-slices": _gpu_slices,

@@ -22,6 +22,8 @@ from .errors import SuperNodeError
 from .preflight import read_key
 
 _RETRY_S = 3.0
+# What the gateway says to a key that is no institution's (superlink/gateway/config.py).
+UNKNOWN_KEY = "the gateway knows no institution with this key"
 
 
 def enrol(
@@ -144,6 +146,8 @@ def _refusal(settings: Settings, error: httpx.HTTPStatusError) -> SuperNodeError
             "as online",
             "is another one running with this key? One that was killed is forgotten after 60 s",
         )
+    if status == httpx.codes.UNAUTHORIZED and error.response.text.strip() == UNKNOWN_KEY:
+        return _not_registered(settings)
     if status == httpx.codes.UNAUTHORIZED:
         return SuperNodeError(
             f"expected the SuperLink at {where} to accept the signature of {name}, found it denied",
@@ -162,5 +166,6 @@ def _not_registered(settings: Settings) -> SuperNodeError:
     return SuperNodeError(
         f"expected the key of {name} to be registered at {settings.superlink}, found it is not",
         f"the coordinator registers it: flwr supernode register {name}.pub local-deployment "
-        f"--name {name}; one that was revoked is never registered again",
+        f"--name {name}, and lays {name}.pub where the gateway looks; one that was revoked is "
+        "never registered again",
     )

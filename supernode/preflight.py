@@ -131,6 +131,7 @@ def trust(ca: Path) -> ssl.SSLContext:
         SuperNodeError: the file is missing or is no certificate.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_verify_locations(cafile=str(ca))
     except FileNotFoundError:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-SUPERLINK = "superlink:8000"
-Superlink = Annotated[str, typer.Option(help="The SuperLink's address, HOST:PORT.")]
+SUPERLINK = "operator:8000"
+Superlink = Annotated[str, typer.Option(help="The operators' gateway, HOST:PORT.")]
 
 app = typer.Typer(help="The federation in containers: its files, its one-shots.")
 

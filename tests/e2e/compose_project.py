@@ -21,7 +21,8 @@ from supernode import roster
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = roster.load().names
-FEDERATION = ("superlink", *NAMES)
+COORDINATOR = ("superlink", "gateway", "operator")
+FEDERATION = (*COORDINATOR, *NAMES)
 ONLINE_WITHIN_S = 120.0
 PREFIX = "medfed-e2e-"  # .ci/run removes what a killed test session left behind by it
 
@@ -31,14 +32,17 @@ class ComposeProject:
 
     def __init__(self) -> None:
         self.name = PREFIX + secrets.token_hex(3)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port, self.fleet_port, self.remote_port = _free_ports(3)
         self.client = docker.from_env()
+        # Not the developer's own 10.77, nor that of another test session.
+        self.subnets = f"10.{80 + secrets.randbelow(170)}"
         self.environment = {
             **{key: value for key, value in os.environ.items() if key != "COMPOSE_FILE"},
             "COMPOSE_PROJECT_NAME": self.name,
             "MEDFED_PORT": str(self.port),
+            "MEDFED_FLEET": f"127.0.0.1:{self.fleet_port}",
+            "MEDFED_OPERATOR": f"127.0.0.1:{self.remote_port}",
+            "MEDFED_SUBNETS": self.subnets,
             "MEDFED_TAG": "e2e",
         }
 
@@ -85,7 +89,7 @@ class ComposeProject:
         return found
 
     def containers(self, *services: str) -> Iterator[tuple[str, Container]]:
-        """Each service (default: the SuperLink and all SuperNodes) and its container."""
+        """Each service (default: all that stay up) and its container."""
         for service in services or FEDERATION:
             yield service, self.container(service)
 
@@ -103,7 +107,7 @@ class ComposeProject:
 
     def python(self, service: str, code: str) -> str:
         """What ``code`` prints in the service's container, run by Python as the service's user."""
-        status, output = self.container(service).exec_run(["python", "-c", code])
+        status, output = self.container(service).exec_run(["python3", "-c", code])
         text = str(output.decode())
         assert status == 0, f"{service}: {text}"
         return text.strip()
@@ -125,6 +129,16 @@ class ComposeProject:
             "down", "--volumes", "--remove-orphans", "--timeout", "10", timeout=300, check=False
         )
         self.client.close()
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [int(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ def project(request: pytest.FixtureRequest) -> Iterator[ComposeProject]:
 
 @pytest.fixture(scope="session")
 def built(project: ComposeProject) -> ComposeProject:
-    """The project with both images built."""
-    project.compose("build", "provision", NAMES[0], timeout=1800)
+    """The project with its images built."""
+    project.compose("build", "provision", "gateway", NAMES[0], timeout=1800)
     return project
 
 

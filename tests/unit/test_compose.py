@@ -46,7 +46,7 @@ def test_there_is_one_service_and_one_volume_for_each_supernode(
     services: dict[str, Any], volumes: set[str]
 ) -> None:
     names = set(load().names)
-    assert set(services) == names | ONE_SHOTS | {"superlink"}
+    assert set(services) == names | ONE_SHOTS | {"superlink", "gateway", "operator"}
     assert names <= volumes
 
 
@@ -57,6 +57,7 @@ def test_every_service_is_hardened(services: dict[str, Any]) -> None:
         assert service["read_only"] is True, name
         assert service["init"] is True, name
         assert service["pids_limit"] > 0, name
+        assert service["mem_limit"], name
         assert "privileged" not in service, name
         assert "user" not in service, f"{name}: the image's own user, which is not root"
 
@@ -73,22 +74,55 @@ def test_only_the_provision_service_has_the_ca_key_and_a_way_out(services: dict[
     assert [name for name, one in services.items() if "outside" in one["networks"]] == ["provision"]
 
 
-def test_only_the_superlink_is_reached_from_this_machine_and_from_no_other(
+def test_the_superlink_is_in_no_network_but_the_gateways(services: dict[str, Any]) -> None:
+    assert "ports" not in services["superlink"]
+    assert list(services["superlink"]["networks"]) == ["superlink"]
+    assert {name for name, one in services.items() if "superlink" in one["networks"]} == {
+        "superlink",
+        "gateway",
+        "operator",
+    }
+
+
+def test_only_gateways_are_published_and_only_on_this_machine_unless_configured(
     services: dict[str, Any],
 ) -> None:
     published = {name: service["ports"] for name, service in services.items() if "ports" in service}
-    assert list(published) == ["superlink"]
-    assert all(port.startswith("127.0.0.1:") for port in published["superlink"])
+    assert published == {
+        "gateway": ["${MEDFED_FLEET:-127.0.0.1:8443}:8443"],
+        "operator": [
+            "127.0.0.1:${MEDFED_PORT:-8000}:8000",  # no setting opens what asks for no certificate
+            "${MEDFED_OPERATOR:-127.0.0.1:8444}:8443",
+        ],
+    }
+    assert "--remote-operator=0.0.0.0:8443" in services["operator"]["command"]
 
 
-def test_the_federation_has_no_route_out() -> None:
+def test_each_supernode_has_a_network_with_the_gateway_and_no_other(
+    services: dict[str, Any],
+) -> None:
     document = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
-    assert document["networks"]["federation"] == {"internal": True}
+    subnets = set()
+    for name in load().names:
+        assert services[name]["networks"] == [name]
+        members = [other for other, one in services.items() if name in one["networks"]]
+        assert members == ["gateway", name]
+        network = document["networks"][name]
+        assert network["internal"] is True
+        assert network["driver_opts"] == {"com.docker.network.bridge.inhibit_ipv4": "true"}
+        subnets.add(network["ipam"]["config"][0]["subnet"])
+    assert len(subnets) == len(load().names)
+
+
+def test_more_supernodes_than_there_are_networks_for_are_refused() -> None:
+    some = Roster(tuple(SuperNodeEntry(f"s{i}", i, 1, None) for i in range(251)))
+    with pytest.raises(SuperNodeError, match="at most 250"):
+        compose.render((ROOT / "docker-compose.yml").read_text(encoding="utf-8"), some)
 
 
 def test_each_image_is_built_by_one_service(services: dict[str, Any]) -> None:
     built = [service["image"] for service in services.values() if "build" in service]
-    assert len(built) == len(set(built)) == 2
+    assert len(built) == len(set(built)) == 3
     assert {service["image"] for service in services.values()} == set(built)
 
 

@@ -86,7 +86,7 @@ def test_a_renewed_certificate_and_a_new_cut_replace_the_old_ones(
     ("missing", "hint"),
     [
         ("certs/superlink.key", "medfed certs issue"),
-        ("certs/supernodes/supernode-01.key", "medfed certs issue"),
+        ("certs/supernodes/supernode-01.pub", "medfed certs issue"),
         ("partitions/supernode-01/train.jsonl", "medfed prepare"),
     ],
 )
@@ -98,3 +98,22 @@ def test_what_is_missing_is_named_with_the_verb_that_makes_it(
         hand_out(home, NAMES, volumes)
     assert str(Path(missing).parent) in str(caught.value)
     assert hint in caught.value.hint
+
+
+def test_the_key_of_an_institution_that_has_gone_does_not_stay(
+    home: Home, volumes: Volumes
+) -> None:
+    hand_out(home, NAMES, volumes)
+    hand_out(home, NAMES[:1], volumes)
+    assert [path.stem for path in (volumes.public / "supernodes").iterdir()] == [NAMES[0]]
+
+
+def test_of_an_institution_that_keeps_its_own_key_the_public_half_is_known(
+    home: Home, volumes: Volumes
+) -> None:
+    (home.certs / "supernodes" / f"{NAMES[0]}.key").unlink()
+    (home.certs / "revoked.json").write_text("[]")
+    hand_out(home, NAMES, volumes)
+    assert not (volumes.sites / NAMES[0]).exists()
+    assert (volumes.public / "supernodes" / f"{NAMES[0]}.pub").exists()
+    assert (volumes.public / "revoked.json").exists()
