@@ -3,7 +3,7 @@
     python -m benchmarks.gateway [--pairs 9] [--requests 400] [--uploads 60] [--json] [--save]
 
 A real SuperLink and a real gateway on this machine, TLS on every connection, 8 registered nodes in
-2 client processes. The SuperLink has one core to itself both times, and clients and gateway share
+4 client processes. The SuperLink has one core to itself both times, and clients and gateway share
 the others: in a federation the clients are other machines. Requests are heartbeats, answered out of
 the SuperLink's database; an upload is a heartbeat that carries 1.8 MB more, an adapter's size.
 Straight and through are measured in turn, pair by pair, each first in half of them, for the
@@ -42,7 +42,7 @@ from superlink import health
 from superlink.control import Control
 
 NODES = 8
-WORKERS = 2
+WORKERS = 4
 UPLOAD_BYTES = 1_800_000
 _DEADLINE_S = 60.0
 
