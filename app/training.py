@@ -45,7 +45,7 @@ WEIGHT_DECAY = 0.0
 
 # Tokens in one forward pass: more are a little quicker and take more memory. For a CPU tried out
 # (`python -m benchmarks.training --micro-batch-tokens N`), for a GPU an estimate.
-MICRO_BATCH_TOKENS = {"cpu": 384, "cuda": 2048}
+MICRO_BATCH_TOKENS = {"cpu": 320, "cuda": 2048}
 
 # Rows of logits alive at once; a row of SmolLM2's vocabulary is 192 KiB.
 LOGIT_ROWS = {"cpu": 64, "cuda": 512}
