@@ -4,8 +4,8 @@ The leaderboard asks one by one. What makes this faster changes no answer:
 
 - All prompts of a benchmark begin with the same instruction. Its keys and values are computed once
   and every batch starts from them.
-- Prompts of similar length share a batch, padded on the left; logits exist for the last position
-  only, where the answer's first token is chosen.
+- Prompts of similar length share a forward pass, laid end to end (``evaluation.prompts``); logits
+  exist for the last position of each only, where the answer's first token is chosen.
 - That same position tells how the model ranks the answers it was offered, at no further cost.
 
 Another batch means other rounding in the last bits of a logit, and a choice between two nearly
@@ -15,17 +15,16 @@ very way of the leaderboard's loop: its answer counts, and how many there were i
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from evaluation.errors import EvaluationError
 from evaluation.model import Subject
+from evaluation.prompts import Prefix, next_token_logits, read_prefix, why_not
 from evaluation.task import wrap
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def why_one_by_one(subject: Subject) -> str | None:
         value = getattr(config, name, None)
         if value not in off:
             return f"its generation config sets {name} to {value}"
-    return None
+    return why_not(subject.model)
 
 
 def spellings(answer: str) -> list[str]:
@@ -197,89 +196,48 @@ class Engine:
             for numbers in batches_by_length(lengths, 1 if self._alone else self._batch_tokens)
             if not skip.issuperset(numbers)
         ]
+        if not batches:
+            return
         with torch.inference_mode():
-            prefix = self._prefix(encoded[0][:shared]) if shared and batches else None
-            for numbers in batches:
-                if self._alone:
+            if self._alone:
+                for numbers in batches:
                     yield {n: self._ask_alone(requests[n], encoded[n]) for n in numbers}
-                else:
-                    yield self._ask(requests, encoded, numbers, prefix, shared)
-
-    def _prefix(self, ids: list[int]) -> DynamicCache:
-        cache = DynamicCache(config=self._model.config)
-        self._model(
-            input_ids=torch.tensor([ids], device=self._device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return cache
+                return
+            prefix = read_prefix(self._model, encoded[0][:shared])
+            for numbers in batches:
+                yield self._ask(requests, encoded, numbers, prefix)
 
     def _ask(
         self,
         requests: Sequence[Request],
         encoded: Sequence[list[int]],
         numbers: Sequence[int],
-        prefix: DynamicCache | None,
-        shared: int,
+        prefix: Prefix,
     ) -> dict[int, Answer]:
-        """One batch: left-padded, from the shared prefix on."""
-        rows = [encoded[n][shared:] for n in numbers]
-        width = max(map(len, rows))
-        padding = [width - len(row) for row in rows]
-        ids = self._tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=True)])
-        mask = self._tensor(
-            [
-                [1] * shared + [0] * pad + [1] * len(row)
-                for pad, row in zip(padding, rows, strict=True)
-            ]
-        )
-        positions = self._tensor(
-            [[max(0, i - pad) + shared for i in range(width)] for pad in padding]
-        )
-        cache = DynamicCache(config=self._model.config) if prefix is None else copy.deepcopy(prefix)
-        if prefix is not None:
-            cache.batch_repeat_interleave(len(numbers))
-        budgets = [requests[n].max_new_tokens for n in numbers]
-        said: list[list[int]] = [[] for _ in numbers]
-        open_rows = set(range(len(numbers)))
-        close: set[int] = set()
-        scores: list[tuple[float, ...]] = []
-        for step in range(max(budgets)):
-            logits: Tensor = self._model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            if step == 0:
-                scores = [self._scores(row) for row in logits]
-                close |= {i for i, s in enumerate(scores) if self._too_close(sorted(s)[-2:])}
+        """One batch. A second token costs a second pass, but answers are of one, nearly always."""
+        said: dict[int, list[int]] = {n: [] for n in numbers}
+        scores: dict[int, tuple[float, ...]] = {}
+        found: dict[int, Answer] = {}
+        while said:
+            rows = [[*encoded[n][len(prefix.ids) :], *tokens] for n, tokens in said.items()]
+            logits = next_token_logits(self._model, prefix, rows)
             best = logits.topk(2, dim=-1)
-            chosen = best.indices[:, 0].tolist()
-            for i in sorted(open_rows):
-                if self._too_close(best.values[i].tolist()):
-                    close.add(i)
-                said[i].append(chosen[i])
-                if chosen[i] in self._ends or len(said[i]) == budgets[i]:
-                    open_rows.discard(i)
-            if not open_rows:
-                break
-            ids = self._tensor([[token] for token in chosen])
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            positions = positions[:, -1:] + 1
-        return {
-            n: self._ask_alone(requests[n], encoded[n])
-            if i in close
-            else Answer(self._text(said[i]), scores[i], alone=False)
-            for i, n in enumerate(numbers)
-        }
+            for row, n in enumerate(list(said)):
+                close = self._too_close(best.values[row].tolist())
+                if n not in scores:
+                    scores[n] = self._scores(logits[row])
+                    close = close or self._too_close(sorted(scores[n])[-2:])
+                said[n].append(int(best.indices[row, 0]))
+                if close:
+                    found[n] = self._ask_alone(requests[n], encoded[n])
+                elif said[n][-1] in self._ends or len(said[n]) == requests[n].max_new_tokens:
+                    found[n] = Answer(self._text(said[n]), scores[n], alone=False)
+            said = {n: tokens for n, tokens in said.items() if n not in found}
+        return found
 
     def _ask_alone(self, request: Request, ids: list[int]) -> Answer:
         logits = self._model(
-            input_ids=self._tensor([ids]), use_cache=False, logits_to_keep=1
+            input_ids=torch.tensor([ids], device=self._device), use_cache=False, logits_to_keep=1
         ).logits
         return Answer(one_by_one(self._subject, request), self._scores(logits[0, -1]), alone=True)
 
@@ -291,9 +249,6 @@ class Engine:
 
     def _text(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def _tensor(self, values: list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
 def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
@@ -308,18 +263,18 @@ def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group numbers of sequences, longest first, into padded batches of ``batch_tokens`` at most.
+    """Group numbers of sequences, longest first, into batches of ``batch_tokens`` at most.
 
     A sequence longer than that is a group of its own. Equal input gives equal groups.
     """
     groups: list[list[int]] = []
     room = 0
     for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if room < 1:
+        if room < lengths[number] or not groups:
             groups.append([])
-            room = max(1, batch_tokens // max(1, lengths[number]))
+            room = batch_tokens
         groups[-1].append(number)
-        room -= 1
+        room -= lengths[number]
     return groups
 
 
