@@ -16,6 +16,8 @@ very way of the leaderboard's loop: its answer counts, and how many there were i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,13 @@ from torch import Tensor
 
 from evaluation.errors import EvaluationError
 from evaluation.model import Subject
-from evaluation.prompts import Prefix, next_token_logits, read_prefix, why_not
+from evaluation.prompts import (
+    Prefix,
+    next_token_logits,
+    prompt_attention,
+    read_prefix,
+    why_not,
+)
 from evaluation.task import wrap
 
 if TYPE_CHECKING:
@@ -186,7 +194,7 @@ class Engine:
             skip: numbers of requests that need no answer; batches stay as they would be.
 
         Yields:
-            Answers by request number, after each batch.
+            Answers by request number, after each batch; those asked alone come last.
         """
         encoded = [list(self._tokenizer.encode(wrap(request.prompt))) for request in requests]
         shared = 0 if self._alone else shared_prefix(encoded)
@@ -196,16 +204,44 @@ class Engine:
             for numbers in batches_by_length(lengths, 1 if self._alone else self._batch_tokens)
             if not skip.issuperset(numbers)
         ]
+        alone = [n for numbers in batches for n in numbers]
+        if not self._alone:
+            doubtful: set[int] = set()
+            for found, close in self._batch_answers(requests, encoded, batches, shared):
+                doubtful |= close
+                yield found
+            alone = [n for n in alone if n in doubtful]
+        for n in alone:
+            yield {n: self._ask_alone(requests[n], encoded[n])}
+
+    def _batch_answers(
+        self,
+        requests: Sequence[Request],
+        encoded: Sequence[list[int]],
+        batches: Sequence[list[int]],
+        shared: int,
+    ) -> Iterator[tuple[dict[int, Answer], set[int]]]:
+        """For each batch its answers, and the requests that are too close to call.
+
+        On a CPU each core has a batch of its own: two that never wait for each other are done
+        sooner than two that share every product, the more so where other work goes on.
+        """
+        workers = torch.get_num_threads() if self._device.type == "cpu" else 1
+
+        def ask(numbers: list[int]) -> tuple[dict[int, Answer], set[int]]:
+            with torch.inference_mode():
+                return self._ask(requests, encoded, numbers, prefix)
+
         if not batches:
             return
-        with torch.inference_mode():
-            if self._alone:
-                for numbers in batches:
-                    yield {n: self._ask_alone(requests[n], encoded[n]) for n in numbers}
-                return
-            prefix = read_prefix(self._model, encoded[0][:shared])
-            for numbers in batches:
-                yield self._ask(requests, encoded, numbers, prefix)
+        with (
+            prompt_attention(self._model),
+            _threads_each(1 if workers > 1 else None),
+            ThreadPoolExecutor(workers) as pool,
+        ):
+            with torch.inference_mode():
+                prefix = read_prefix(self._model, encoded[0][:shared])
+            yield from pool.map(ask, batches)
 
     def _ask(
         self,
@@ -213,32 +249,36 @@ class Engine:
         encoded: Sequence[list[int]],
         numbers: Sequence[int],
         prefix: Prefix,
-    ) -> dict[int, Answer]:
+    ) -> tuple[dict[int, Answer], set[int]]:
         """One batch. A second token costs a second pass, but answers are of one, nearly always."""
         said: dict[int, list[int]] = {n: [] for n in numbers}
         scores: dict[int, tuple[float, ...]] = {}
         found: dict[int, Answer] = {}
+        close: set[int] = set()
         while said:
             rows = [[*encoded[n][len(prefix.ids) :], *tokens] for n, tokens in said.items()]
             logits = next_token_logits(self._model, prefix, rows)
             best = logits.topk(2, dim=-1)
             for row, n in enumerate(list(said)):
-                close = self._too_close(best.values[row].tolist())
+                margins = [best.values[row].tolist()]
                 if n not in scores:
                     scores[n] = self._scores(logits[row])
-                    close = close or self._too_close(sorted(scores[n])[-2:])
+                    margins.append(sorted(scores[n])[-2:])
                 said[n].append(int(best.indices[row, 0]))
-                if close:
-                    found[n] = self._ask_alone(requests[n], encoded[n])
+                if any(self._too_close(margin) for margin in margins):
+                    close.add(n)
                 elif said[n][-1] in self._ends or len(said[n]) == requests[n].max_new_tokens:
                     found[n] = Answer(self._text(said[n]), scores[n], alone=False)
-            said = {n: tokens for n, tokens in said.items() if n not in found}
-        return found
+            said = {n: tokens for n, tokens in said.items() if n not in found and n not in close}
+        return found, close
 
     def _ask_alone(self, request: Request, ids: list[int]) -> Answer:
-        logits = self._model(
-            input_ids=torch.tensor([ids], device=self._device), use_cache=False, logits_to_keep=1
-        ).logits
+        with torch.inference_mode():
+            logits = self._model(
+                input_ids=torch.tensor([ids], device=self._device),
+                use_cache=False,
+                logits_to_keep=1,
+            ).logits
         return Answer(one_by_one(self._subject, request), self._scores(logits[0, -1]), alone=True)
 
     def _scores(self, logits: Tensor) -> tuple[float, ...]:
@@ -281,3 +321,14 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[in
 def _end_tokens(model: Any) -> frozenset[int]:
     ends = model.generation_config.eos_token_id
     return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+
+
+@contextmanager
+def _threads_each(threads: int | None) -> Iterator[None]:
+    """Give every operation so many threads of its own; None: as many as it has now."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

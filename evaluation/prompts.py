@@ -57,7 +57,7 @@ def why_not(model: Any) -> str | None:
 
 
 def read_prefix(model: Any, ids: Sequence[int]) -> Prefix:
-    """Compute the keys and values of what all prompts begin with."""
+    """Compute the keys and values of what all prompts begin with, in ``prompt_attention``."""
     states: dict[int, tuple[Tensor, Tensor]] = {}
     if ids:
         layout = _Layout((len(ids),), {}, (None,), keep=states)
@@ -66,7 +66,7 @@ def read_prefix(model: Any, ids: Sequence[int]) -> Prefix:
 
 
 def next_token_logits(model: Any, prefix: Prefix, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Logits of the token after each prompt, shape (prompts, vocabulary).
+    """Logits of the token after each prompt, shape (prompts, vocabulary), in ``prompt_attention``.
 
     Args:
         model: a causal language model (``why_not`` has nothing against it) in evaluation mode.
@@ -86,14 +86,13 @@ def _forward(
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor([values], dtype=torch.int64, device=model.device)
 
-    with _prompt_attention(_network(model)):
-        logits: Tensor = model(
-            input_ids=tensor([token for row in rows for token in row]),
-            position_ids=tensor([start + i for row in rows for i in range(len(row))]),
-            use_cache=False,
-            logits_to_keep=wanted.to(model.device),
-            prompt_layout=layout,
-        ).logits
+    logits: Tensor = model(
+        input_ids=tensor([token for row in rows for token in row]),
+        position_ids=tensor([start + i for row in rows for i in range(len(row))]),
+        use_cache=False,
+        logits_to_keep=wanted.to(model.device),
+        prompt_layout=layout,
+    ).logits
     return logits[0]
 
 
@@ -158,7 +157,9 @@ def _network(model: Any) -> Any:
 
 
 @contextmanager
-def _prompt_attention(network: Any) -> Iterator[None]:
+def prompt_attention(model: Any) -> Iterator[None]:
+    """Let the model attend within prompts, and give it its own attention back afterwards."""
+    network = _network(model)
     before = network.config._attn_implementation
     network.set_attn_implementation(PROMPT_ATTENTION)
     try:
