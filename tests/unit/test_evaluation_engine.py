@@ -92,6 +92,42 @@ def test_what_is_too_close_to_call_is_asked_alone(subject):
     assert [every[n].output for n in range(6)] == [none[n].output for n in range(6)]
 
 
+def test_the_model_and_the_threads_are_as_they_were_afterwards(subject):
+    torch.set_num_threads(2)
+    try:
+        before = subject.model.config._attn_implementation
+        answering = Engine(subject, OPTIONS, batch_tokens=60).answers(
+            [Request(text, 1) for text in prompts(6)]
+        )
+        next(answering)
+        assert (torch.get_num_threads(), subject.model.config._attn_implementation) != (2, before)
+        answering.close()  # cut off between two batches
+        assert (torch.get_num_threads(), subject.model.config._attn_implementation) == (2, before)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_two_cores_say_what_one_says(subject):
+    requests = [Request(text, 2) for text in prompts(20)]
+    one = all_answers(Engine(subject, OPTIONS, batch_tokens=60), requests)
+    torch.set_num_threads(2)
+    try:
+        two = all_answers(Engine(subject, OPTIONS, batch_tokens=60), requests)
+    finally:
+        torch.set_num_threads(1)
+    assert [two[n].output for n in range(20)] == [one[n].output for n in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("sliding_window", 64), ("attn_logit_softcapping", 30.0)]
+)
+def test_a_model_that_attends_in_another_way_is_asked_one_by_one(subject, monkeypatch, name, value):
+    monkeypatch.setattr(subject.model.config, name, value, raising=False)
+    assert f"sets {name} to {value}" in why_one_by_one(subject)
+    requests = [Request(text, 2) for text in prompts(3)]
+    assert all(answer.alone for answer in all_answers(Engine(subject, OPTIONS), requests).values())
+
+
 def test_an_answer_ends_at_the_end_of_text(subject, monkeypatch):
     """Whatever the model says first is declared to be an end: nothing may follow it."""
     request = Request(prompts(1)[0], 5)
