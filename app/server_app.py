@@ -72,13 +72,13 @@ def _run(grid: Grid, config: RunConfig, record: RunRecord) -> None:
         result = run_round(grid, strategy, record, server_round, arrays, train_config)
         flat = np.asarray(result.arrays["adapter"].numpy(), dtype=np.float32)
         total_bytes += result.bytes
-        after = measure(server_round)
         last = server_round == config.num_rounds
         if last or server_round % config.train.save_every_round == 0:
             folder = record.folder / f"peft_{server_round}"
             save_checkpoint(folder, flat, manifest, config.model)
             record.event("checkpoint", round=server_round, folder=str(folder))
             log(INFO, "[ROUND %d] checkpoint: %s", server_round, folder)
+        after = measure(server_round)
     record.finish(
         rounds=config.num_rounds,
         adapter=f"peft_{config.num_rounds}",
