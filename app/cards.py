@@ -1,5 +1,7 @@
 """From a card to tokens: the FlowerTune medical template, with loss on the answer alone.
 
+A card that was put as an exam question (``app.formats``) is asked in the exam's wrapper instead.
+
 The reference trains with TRL's DataCollatorForCompletionOnlyLM. What that does, and this keeps:
 
 - The text is the prompt below; the card's ``instruction`` column is not in it.
@@ -8,6 +10,9 @@ The reference trains with TRL's DataCollatorForCompletionOnlyLM. What that does,
   `` Response:``), so an answer with those tokens inside counts from there only.
 - No end-of-text token is appended, and a text longer than ``seq_length`` loses its end.
 - Where the template is cut off with it, nothing is left to learn from: no token counts.
+
+An exam's answer is a letter or a word and nothing after it: the prompt is tokenised as the
+evaluation tokenises it, the answer follows, and the end of the text is learnt with it.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from app.errors import AppError
+from app.formats import EXAMS, wrapped
 from app.token_cache import TokenCache
 
 if TYPE_CHECKING:
@@ -32,7 +38,7 @@ PREAMBLE = (
 RESPONSE_TEMPLATE = "\n### Response:"
 
 # Part of every cache key: a change to the tokenisation below must not find old tokens.
-_CACHE_VERSION = "2"
+_CACHE_VERSION = "3"
 
 
 class Example(NamedTuple):
@@ -69,7 +75,8 @@ def tokenize(
     """Tokenise every card of ``dataset``, in order, once: the result is kept on disk.
 
     Args:
-        dataset: text columns instruction, input, output.
+        dataset: text columns instruction, input, output. A row whose instruction is one of
+            ``app.formats.EXAMS`` is an exam question, its input the whole prompt.
         tokenizer: a fast tokenizer.
         seq_length: the most tokens an example may have.
         cache_dir: where results are kept, by default ``$MEDFED_HOME/cache/tokens``, or a private
@@ -87,11 +94,14 @@ def tokenize(
     cached = cache.read(key)
     if cached is not None:
         return [Example(*example) for example in cached]
-    texts = [
-        card_text(question, output, instruction)
-        for instruction, question, output in zip(*columns_of(dataset), strict=True)
-    ]
-    examples = tokenize_texts(texts, tokenizer, seq_length)
+    rows = list(zip(*columns_of(dataset), strict=True))
+    cards = [row for row in rows if row[0] not in EXAMS]
+    exam = [row for row in rows if row[0] in EXAMS]
+    texts = [card_text(question, output, instruction) for instruction, question, output in cards]
+    as_cards = iter(tokenize_texts(texts, tokenizer, seq_length))
+    asked = [(prompt, answer) for _, prompt, answer in exam]
+    as_exam = iter(tokenize_exam(asked, tokenizer, seq_length))
+    examples = [next(as_exam if row[0] in EXAMS else as_cards) for row in rows]
     cache.write(key, examples)
     return examples
 
@@ -115,6 +125,25 @@ def tokenize_texts(
         return_attention_mask=False,
     )
     return [Example(tuple(ids), _prompt_length(ids, template)) for ids in batch["input_ids"]]
+
+
+def tokenize_exam(
+    questions: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, seq_length: int
+) -> list[Example]:
+    """Tokenise exam questions, (prompt without wrapper, answer) each, without a cache.
+
+    A question longer than ``seq_length`` loses its end, and with it what could be learnt from it.
+    """
+    if not questions:
+        return []
+    prompts = tokenizer([wrapped(prompt) for prompt, _ in questions])["input_ids"]
+    answers = tokenizer([answer for _, answer in questions], add_special_tokens=False)["input_ids"]
+    return [
+        Example(
+            (*prompt, *answer, tokenizer.eos_token_id)[:seq_length], min(len(prompt), seq_length)
+        )
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def _response_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -44,12 +44,18 @@ def train(message: Message, context: Context) -> Message:
 
     from app import data, training  # torch and the rest: only when there is work
     from app.device import place
+    from app.formats import with_answer_formats
     from app.model import adapted_model, flat_adapter, load_adapter, load_tokenizer
 
     partition_id = int(context.node_config["partition-id"])
     round_config = message.content.config_records["config"]
     server_round = int(str(round_config["server-round"]))
     partition = data.load_partition(context.node_config, config.dataset_name)
+    partition = with_answer_formats(
+        partition,
+        seed=derive(config.train.seed, "formats", partition_id),
+        share=config.train.answer_formats,
+    )
     tokenizer = load_tokenizer(config.model.name)
     examples = data.tokenize(partition, tokenizer, config.train.seq_length)
 

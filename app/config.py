@@ -74,6 +74,9 @@ class TrainSettings:
     learning_rate_min: float = _setting(
         "train.learning-rate-min", "a number from 0", lambda v: v >= 0
     )
+    answer_formats: float = _setting(
+        "train.answer-formats", "a share of the cards from 0 to 1", lambda v: 0 <= v <= 1
+    )
     seq_length: int = _setting("train.seq-length", "a whole number of tokens above 0", _positive)
     batch_size: int = _setting(
         "train.training-arguments.per-device-train-batch-size", "a whole number above 0", _positive
@@ -126,6 +129,9 @@ class EvaluateSettings:
 
     holdout_examples: int = _setting(
         "evaluate.holdout-examples", "a whole number from 0 (0: no held-out loss)", lambda v: v >= 0
+    )
+    holdout_every_round: int = _setting(
+        "evaluate.holdout-every-round", "a whole number above 0", _positive
     )
 
 

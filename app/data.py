@@ -24,10 +24,13 @@ from app.errors import AppError
 from app.places import local_folder
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
     from flwr_datasets import FederatedDataset
 
 T = TypeVar("T")
+
+# Share of the cards that no node gets where the dataset sets none aside itself (no test split).
+HOLDOUT_SHARE = 0.02
 
 
 def load_dataset_split(name: str, split: str) -> Dataset:
@@ -55,13 +58,25 @@ def load_dataset_split(name: str, split: str) -> Dataset:
 
 
 def load_holdout(dataset_name: str, limit: int) -> Dataset | None:
-    """Return the first ``limit`` cards of the dataset's ``test`` split, or None if it has none.
+    """Return up to ``limit`` cards of the dataset that ``partition`` gives to no node.
+
+    They are the first of the ``test`` split. Of a dataset without one, ``HOLDOUT_SHARE`` of the
+    cards are set aside before the rest is cut, the same ones for any number of partitions. A
+    card that is also among those to train on is passed over.
+
+    Returns:
+        At least one card, or None if there is none (a dataset too small to set one aside).
 
     Raises:
-        AppError: as ``load_dataset_split``, except for a missing split.
+        AppError: as ``load_dataset_split`` for the split ``train``.
     """
+    federated = _federated_of(dataset_name, 1)
+    trained = set(_rows(_only_cards(federated.load_split("train"), dataset_name)))
     test = _load_split(dataset_name, "test")
-    return None if test is None else test.select(range(min(limit, len(test))))
+    if test is None:
+        test = _only_cards(federated.load_split("test"), dataset_name)
+    unseen = [i for i, row in enumerate(_rows(test)) if row not in trained]
+    return test.select(unseen[:limit]) if unseen else None
 
 
 def partition(dataset_name: str, num_partitions: int, partition_id: int) -> Dataset:
@@ -69,15 +84,14 @@ def partition(dataset_name: str, num_partitions: int, partition_id: int) -> Data
 
     Shuffle, seed and cut are flwr-datasets' own (``FederatedDataset`` with
     ``IidPartitioner``), so a local folder and the hub's copy of it give the same partitions.
+    Of a dataset without a ``test`` split, some cards go to nobody (``load_holdout``).
 
     Raises:
         AppError: ``partition_id`` is outside 0..num_partitions-1, there are fewer cards than
             partitions, or as ``load_dataset_split``.
     """
     _check_partition(partition_id, num_partitions)
-    folder = local_folder("datasets", dataset_name)
-    version = () if folder is None else _version(split_files(dataset_name, folder, "train"))
-    federated = _federated(dataset_name, num_partitions, version)
+    federated = _federated_of(dataset_name, num_partitions)
     found = len(federated.load_split("train"))
     if found < num_partitions:
         raise AppError(
@@ -120,7 +134,7 @@ def load_partition(node_config: Mapping[str, object], dataset_name: str) -> Data
 def digest(dataset: Dataset) -> str:
     """SHA-256 (hex) of the rows in order, as canonical JSON lines; other columns don't count."""
     sha = hashlib.sha256()
-    for row in zip(*columns_of(dataset), strict=True):
+    for row in _rows(dataset):
         sha.update(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode())
         sha.update(b"\n")
     return sha.hexdigest()
@@ -135,6 +149,10 @@ def columns_of(dataset: Dataset) -> list[list[str]]:
     """The card columns, in the order of ``COLUMNS``, as plain lists read in one go."""
     rows: dict[str, list[str]] = dataset[:]
     return [rows[column] for column in COLUMNS]
+
+
+def _rows(dataset: Dataset) -> Iterator[tuple[str, ...]]:
+    return zip(*columns_of(dataset), strict=True)
 
 
 def _check_partition(partition_id: int, num_partitions: int) -> None:
@@ -189,6 +207,16 @@ def _from_files(files: list[Path]) -> Dataset:
     return Dataset.from_dict(columns, Features({column: Value("string") for column in COLUMNS}))
 
 
+def _federated_of(name: str, num_partitions: int) -> FederatedDataset:
+    folder = local_folder("datasets", name)
+    files = (
+        []
+        if folder is None
+        else [file for split in ("train", "test") for file in split_files(name, folder, split)]
+    )
+    return _federated(name, num_partitions, _version(files))
+
+
 # One entry per dataset and cut: a process that serves several nodes shuffles once.
 @lru_cache(maxsize=4)
 def _federated(
@@ -202,7 +230,9 @@ def _federated(
 
     partitioners = {"train": IidPartitioner(num_partitions)}
     if local_folder("datasets", name) is None:
-        federated = FederatedDataset(dataset=name, partitioners=partitioners)
+        federated = FederatedDataset(
+            dataset=name, partitioners=partitioners, preprocessor=_with_test_split
+        )
         _from_hub(name, lambda: federated.partitioners)
         return federated
     # Through Parquet, so that the builder has nothing left to guess, and in memory, so that no
@@ -212,6 +242,7 @@ def _federated(
         federated = FederatedDataset(
             dataset="parquet",
             partitioners=partitioners,
+            preprocessor=_with_test_split if _load_split(name, "test") is None else None,
             data_files={"train": str(file)},
             cache_dir=scratch,
             keep_in_memory=True,
@@ -220,6 +251,16 @@ def _federated(
             load_dataset_split(name, "train").to_parquet(file)
             _ = federated.partitioners  # reads the file while it is there
     return federated
+
+
+def _with_test_split(splits: DatasetDict) -> DatasetDict:
+    """Set some cards aside where the dataset has not done so (its rows are shuffled by now)."""
+    if "test" in splits:
+        return splits
+    train = splits["train"]
+    held = round(HOLDOUT_SHARE * len(train))
+    divided = {"test": train.select(range(held)), "train": train.select(range(held, len(train)))}
+    return type(splits)({**splits, **divided})
 
 
 @contextmanager

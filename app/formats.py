@@ -48,6 +48,8 @@ LICENSING_EXAM = (
     "current and standard practices referenced in medical guidelines."
 )
 
+EXAMS = frozenset({STATEMENT, ENTRANCE_EXAM, LICENSING_EXAM})
+
 LETTERS = "ABCD"
 
 
@@ -125,7 +127,8 @@ def with_answer_formats(dataset: Dataset, *, seed: int, share: float) -> Dataset
 
     Returns:
         As many rows, in the same order and schema. Of a row put as a question, ``input`` is the
-        whole prompt as the leaderboard words it and ``output`` a letter, yes, no or maybe.
+        whole prompt as the leaderboard words it and ``output`` a letter, yes, no or maybe; its
+        ``instruction`` is one of ``EXAMS``.
 
     Raises:
         AppError: ``share`` is not between 0 and 1.
@@ -134,6 +137,8 @@ def with_answer_formats(dataset: Dataset, *, seed: int, share: float) -> Dataset
         raise AppError(
             f"expected a share of cards from 0 to 1, found {share}", "0.75 is three cards of four"
         )
+    if not share:
+        return dataset
     rows = list(zip(dataset["instruction"], dataset["input"], dataset["output"], strict=True))
     cards = [_read(question or instruction, answer) for instruction, question, answer in rows]
     rng = random.Random(derive(seed, "answer-formats"))  # noqa: S311 - not for secrets

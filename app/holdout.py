@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import TYPE_CHECKING
+
 from app import data, training
 from app.adapter import FlatArray, Manifest
 from app.config import RunConfig
 from app.device import place
+from app.formats import with_answer_formats
 from app.model import adapted_model, load_adapter, load_tokenizer
+from app.seeds import derive
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class Holdout:
-    """The first cards of the dataset's test split and a model to measure adapters on them."""
+    """Cards that no institution trains on, in the forms that are trained, and a model for them."""
 
     def __init__(self, config: RunConfig, examples: list[data.Example]) -> None:
         self._config = config
         self._examples = examples
-        self._placement = place({})
 
     @classmethod
     def load(cls, config: RunConfig) -> Holdout | None:
@@ -28,6 +35,11 @@ class Holdout:
         cards = data.load_holdout(config.dataset_name, limit) if limit else None
         if cards is None:
             return None
+        cards = with_answer_formats(
+            cards,
+            seed=derive(config.train.seed, "formats", "holdout"),
+            share=config.train.answer_formats,
+        )
         tokenizer = load_tokenizer(config.model.name)
         return cls(config, data.tokenize(cards, tokenizer, config.train.seq_length))
 
@@ -36,8 +48,17 @@ class Holdout:
         """Number of held-out cards."""
         return len(self._examples)
 
+    def due(self, server_round: int) -> bool:
+        """Whether the adapter of this round is to be measured; the last one always is."""
+        last = server_round == self._config.num_rounds
+        return last or server_round % self._config.evaluate.holdout_every_round == 0
+
     def loss(self, flat: FlatArray, manifest: Manifest) -> float:
         """Mean loss a labelled token, in nats, of the base model with adapter ``flat``."""
-        model = adapted_model(self._config.model, self._placement)
-        load_adapter(model, flat, manifest)
-        return training.holdout_loss(model, self._examples)
+        load_adapter(self._model, flat, manifest)
+        return training.holdout_loss(self._model, self._examples)
+
+    @cached_property
+    def _model(self) -> PeftModel:
+        """Loaded once a run: loading it takes longer than measuring a few cards."""
+        return adapted_model(self._config.model, place({}))

@@ -65,7 +65,7 @@ def _run(grid: Grid, config: RunConfig, record: RunRecord) -> None:
     communication = Communication(record.folder / "comm_cost.txt")
 
     def measure(server_round: int) -> float | None:
-        if holdout is None:
+        if holdout is None or not holdout.due(server_round):
             return None
         loss = holdout.loss(flat, manifest)
         record.event("holdout", round=server_round, loss=loss, examples=holdout.examples)
@@ -83,7 +83,7 @@ def _run(grid: Grid, config: RunConfig, record: RunRecord) -> None:
             save_checkpoint(folder, flat, manifest, config.model)
             record.event("checkpoint", round=server_round, folder=str(folder))
             log(INFO, "[ROUND %d] checkpoint: %s", server_round, folder)
-            after = measure(server_round)
+        after = measure(server_round)
     record.finish(
         rounds=config.num_rounds,
         adapter=f"peft_{config.num_rounds}",

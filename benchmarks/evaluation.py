@@ -6,17 +6,21 @@ Both answer the first ``--limit`` questions of each benchmark. The loop is the l
 encode, ``generate``, decode, one prompt at a time. With 4 bits there are two of it: one with the
 unpacked weights (``float32``, the leaderboard's arithmetic on a GPU, and ours), one with
 bitsandbytes' own kernels (``packed``), which on a CPU with AVX512-BF16 compute in bfloat16, so that
-its answers may differ where two tokens are nearly equal.
+its answers may differ where two tokens are nearly equal. On a machine that others use as well, CPU
+seconds say more than seconds; the load average is in the result. Progress goes to stderr;
+``--json`` prints the result, ``--save`` keeps it under ``results/``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,8 @@ from evaluation.run import requests_for
 from evaluation.sources import rows_of
 from evaluation.task import Task
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def main() -> None:
     """Measure and print."""
@@ -41,6 +47,7 @@ def main() -> None:
     if options.quantization == 4:
         loops["packed"] = load_subject(options.model, 4, unpack=False)
     wanted = {name: loops[name] for name in options.loops.split(",") if name in loops}
+    load_before = os.getloadavg()[0]
     rows = [
         _compare(task, fast, wanted, options.data, options.limit)
         for task in tasks(options.benchmarks)
@@ -48,12 +55,17 @@ def main() -> None:
     report = {
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "load_average": [load_before, os.getloadavg()[0]],
         "torch": torch.__version__,
         "model": options.model,
         "quantization": options.quantization,
         "benchmarks": rows,
         "total": _total(rows, list(wanted)),
     }
+    if options.save:
+        today = datetime.now(UTC).date().isoformat()
+        name = f"evaluation-{options.quantization}bit-{today}.json"
+        (RESULTS / name).write_text(json.dumps(report, indent=1) + "\n")
     if options.json:
         print(json.dumps(report))
         return
@@ -77,6 +89,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--loops", default="float32,packed", help="which loops to compare with")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's own choice")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--save", action="store_true", help="keep it under benchmarks/results/")
     return parser.parse_args()
 
 

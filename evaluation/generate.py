@@ -4,8 +4,8 @@ The leaderboard asks one by one. What makes this faster changes no answer:
 
 - All prompts of a benchmark begin with the same instruction. Its keys and values are computed once
   and every batch starts from them.
-- Prompts of similar length share a batch, padded on the left; logits exist for the last position
-  only, where the answer's first token is chosen.
+- Prompts of similar length share a forward pass, laid end to end (``evaluation.prompts``); logits
+  exist for the last position of each only, where the answer's first token is chosen.
 - That same position tells how the model ranks the answers it was offered, at no further cost.
 
 Another batch means other rounding in the last bits of a logit, and a choice between two nearly
@@ -15,17 +15,24 @@ very way of the leaderboard's loop: its answer counts, and how many there were i
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from evaluation.errors import EvaluationError
 from evaluation.model import Subject
+from evaluation.prompts import (
+    Prefix,
+    next_token_logits,
+    prompt_attention,
+    read_prefix,
+    why_not,
+)
 from evaluation.task import wrap
 
 if TYPE_CHECKING:
@@ -113,7 +120,7 @@ def why_one_by_one(subject: Subject) -> str | None:
         value = getattr(config, name, None)
         if value not in off:
             return f"its generation config sets {name} to {value}"
-    return None
+    return why_not(subject.model)
 
 
 def spellings(answer: str) -> list[str]:
@@ -187,7 +194,7 @@ class Engine:
             skip: numbers of requests that need no answer; batches stay as they would be.
 
         Yields:
-            Answers by request number, after each batch.
+            Answers by request number, after each batch; those asked alone come last.
         """
         encoded = [list(self._tokenizer.encode(wrap(request.prompt))) for request in requests]
         shared = 0 if self._alone else shared_prefix(encoded)
@@ -197,90 +204,81 @@ class Engine:
             for numbers in batches_by_length(lengths, 1 if self._alone else self._batch_tokens)
             if not skip.issuperset(numbers)
         ]
-        with torch.inference_mode():
-            prefix = self._prefix(encoded[0][:shared]) if shared and batches else None
-            for numbers in batches:
-                if self._alone:
-                    yield {n: self._ask_alone(requests[n], encoded[n]) for n in numbers}
-                else:
-                    yield self._ask(requests, encoded, numbers, prefix, shared)
+        alone = [n for numbers in batches for n in numbers]
+        if not self._alone:
+            doubtful: set[int] = set()
+            for found, close in self._batch_answers(requests, encoded, batches, shared):
+                doubtful |= close
+                yield found
+            alone = [n for n in alone if n in doubtful]
+        for n in alone:
+            yield {n: self._ask_alone(requests[n], encoded[n])}
 
-    def _prefix(self, ids: list[int]) -> DynamicCache:
-        cache = DynamicCache(config=self._model.config)
-        self._model(
-            input_ids=torch.tensor([ids], device=self._device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return cache
+    def _batch_answers(
+        self,
+        requests: Sequence[Request],
+        encoded: Sequence[list[int]],
+        batches: Sequence[list[int]],
+        shared: int,
+    ) -> Iterator[tuple[dict[int, Answer], set[int]]]:
+        """For each batch its answers, and the requests that are too close to call.
+
+        On a CPU each core has a batch of its own: two that never wait for each other are done
+        sooner than two that share every product, the more so where other work goes on.
+        """
+        workers = torch.get_num_threads() if self._device.type == "cpu" else 1
+
+        def ask(numbers: list[int]) -> tuple[dict[int, Answer], set[int]]:
+            with torch.inference_mode():
+                return self._ask(requests, encoded, numbers, prefix)
+
+        if not batches:
+            return
+        with (
+            prompt_attention(self._model),
+            _threads_each(1 if workers > 1 else None),
+            ThreadPoolExecutor(workers) as pool,
+        ):
+            with torch.inference_mode():
+                prefix = read_prefix(self._model, encoded[0][:shared])
+            yield from pool.map(ask, batches)
 
     def _ask(
         self,
         requests: Sequence[Request],
         encoded: Sequence[list[int]],
         numbers: Sequence[int],
-        prefix: DynamicCache | None,
-        shared: int,
-    ) -> dict[int, Answer]:
-        """One batch: left-padded, from the shared prefix on."""
-        rows = [encoded[n][shared:] for n in numbers]
-        width = max(map(len, rows))
-        padding = [width - len(row) for row in rows]
-        ids = self._tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=True)])
-        mask = self._tensor(
-            [
-                [1] * shared + [0] * pad + [1] * len(row)
-                for pad, row in zip(padding, rows, strict=True)
-            ]
-        )
-        positions = self._tensor(
-            [[max(0, i - pad) + shared for i in range(width)] for pad in padding]
-        )
-        cache = DynamicCache(config=self._model.config) if prefix is None else copy.deepcopy(prefix)
-        if prefix is not None:
-            cache.batch_repeat_interleave(len(numbers))
-        budgets = [requests[n].max_new_tokens for n in numbers]
-        said: list[list[int]] = [[] for _ in numbers]
-        open_rows = set(range(len(numbers)))
+        prefix: Prefix,
+    ) -> tuple[dict[int, Answer], set[int]]:
+        """One batch. A second token costs a second pass, but answers are of one, nearly always."""
+        said: dict[int, list[int]] = {n: [] for n in numbers}
+        scores: dict[int, tuple[float, ...]] = {}
+        found: dict[int, Answer] = {}
         close: set[int] = set()
-        scores: list[tuple[float, ...]] = []
-        for step in range(max(budgets)):
-            logits: Tensor = self._model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            if step == 0:
-                scores = [self._scores(row) for row in logits]
-                close |= {i for i, s in enumerate(scores) if self._too_close(sorted(s)[-2:])}
+        while said:
+            rows = [[*encoded[n][len(prefix.ids) :], *tokens] for n, tokens in said.items()]
+            logits = next_token_logits(self._model, prefix, rows)
             best = logits.topk(2, dim=-1)
-            chosen = best.indices[:, 0].tolist()
-            for i in sorted(open_rows):
-                if self._too_close(best.values[i].tolist()):
-                    close.add(i)
-                said[i].append(chosen[i])
-                if chosen[i] in self._ends or len(said[i]) == budgets[i]:
-                    open_rows.discard(i)
-            if not open_rows:
-                break
-            ids = self._tensor([[token] for token in chosen])
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            positions = positions[:, -1:] + 1
-        return {
-            n: self._ask_alone(requests[n], encoded[n])
-            if i in close
-            else Answer(self._text(said[i]), scores[i], alone=False)
-            for i, n in enumerate(numbers)
-        }
+            for row, n in enumerate(list(said)):
+                margins = [best.values[row].tolist()]
+                if n not in scores:
+                    scores[n] = self._scores(logits[row])
+                    margins.append(sorted(scores[n])[-2:])
+                said[n].append(int(best.indices[row, 0]))
+                if any(self._too_close(margin) for margin in margins):
+                    close.add(n)
+                elif said[n][-1] in self._ends or len(said[n]) == requests[n].max_new_tokens:
+                    found[n] = Answer(self._text(said[n]), scores[n], alone=False)
+            said = {n: tokens for n, tokens in said.items() if n not in found and n not in close}
+        return found, close
 
     def _ask_alone(self, request: Request, ids: list[int]) -> Answer:
-        logits = self._model(
-            input_ids=self._tensor([ids]), use_cache=False, logits_to_keep=1
-        ).logits
+        with torch.inference_mode():
+            logits = self._model(
+                input_ids=torch.tensor([ids], device=self._device),
+                use_cache=False,
+                logits_to_keep=1,
+            ).logits
         return Answer(one_by_one(self._subject, request), self._scores(logits[0, -1]), alone=True)
 
     def _scores(self, logits: Tensor) -> tuple[float, ...]:
@@ -291,9 +289,6 @@ class Engine:
 
     def _text(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def _tensor(self, values: list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
 def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
@@ -308,21 +303,32 @@ def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group numbers of sequences, longest first, into padded batches of ``batch_tokens`` at most.
+    """Group numbers of sequences, longest first, into batches of ``batch_tokens`` at most.
 
     A sequence longer than that is a group of its own. Equal input gives equal groups.
     """
     groups: list[list[int]] = []
     room = 0
     for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if room < 1:
+        if room < lengths[number] or not groups:
             groups.append([])
-            room = max(1, batch_tokens // max(1, lengths[number]))
+            room = batch_tokens
         groups[-1].append(number)
-        room -= 1
+        room -= lengths[number]
     return groups
 
 
 def _end_tokens(model: Any) -> frozenset[int]:
     ends = model.generation_config.eos_token_id
     return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+
+
+@contextmanager
+def _threads_each(threads: int | None) -> Iterator[None]:
+    """Give every operation so many threads of its own; None: as many as it has now."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

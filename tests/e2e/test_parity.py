@@ -18,7 +18,7 @@ from medfed.paths import Home
 from medfed.runs import run
 from medfed.simulation import simulation
 from superlink.control import Control
-from tests.tiny_model import save_tiny_model
+from tests.small_llama import save_small_llama
 
 pytestmark = [pytest.mark.processes, pytest.mark.weights]
 
@@ -40,7 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     prepared, home = Home.from_environment(), Home(tmp_path_factory.mktemp("medfed"))
     for folder in (prepared.datasets, prepared.partitions):
         (home.root / folder.name).symlink_to(folder)
-    save_tiny_model(home.models / "tiny", prepared.models / embedded_model.NAME)
+    save_small_llama(home.models / "tiny", prepared.models / embedded_model.NAME)
     return home
 
 

@@ -12,7 +12,9 @@ from flwr_datasets.partitioner import IidPartitioner
 
 from app import data
 from app.errors import AppError
+from app.formats import ENTRANCE_EXAM, EXAMS, STATEMENT, with_answer_formats
 from embedded import partitions
+from evaluation.task import wrap
 from tests.tiny_tokenizer import tiny_tokenizer
 
 CARDS = [
@@ -201,9 +203,41 @@ def test_the_holdout_is_the_beginning_of_the_test_split(home: Path):
     assert rows(held_out) == TRAPS[:3]
 
 
-def test_a_dataset_without_a_test_split_has_no_holdout(home: Path):
+def test_a_card_that_is_also_trained_on_is_not_held_out(home: Path):
+    write_jsonl(home / "datasets" / "cards" / "test.jsonl", [TRAPS[0], CARDS[7], TRAPS[1]])
+    held_out = data.load_holdout("local/cards", 3)
+    assert held_out is not None
+    assert rows(held_out) == TRAPS[:2]
+
+
+def test_of_a_dataset_without_a_test_split_some_cards_go_to_no_node(home: Path):
+    write_jsonl(home / "datasets" / "whole" / "train.jsonl", CARDS)
+    held_out = data.load_holdout("local/whole", 64)
+    assert held_out is not None
+    assert len(held_out) == round(data.HOLDOUT_SHARE * len(CARDS)) == 1
+    for nodes in (1, 20):  # the same ones, into however many partitions the rest is cut
+        cut = [row for n in range(nodes) for row in rows(data.partition("local/whole", nodes, n))]
+        assert sorted(map(str, cut + rows(held_out))) == sorted(map(str, CARDS))
+
+
+def test_a_prepared_folder_lacks_the_cards_held_out_as_well(home: Path):
+    """Deployment (folders) and simulation (cut on the spot) hold out the same cards."""
+    write_jsonl(home / "datasets" / "whole" / "train.jsonl", CARDS)
+    partitions.prepare(home / "partitions", "local/whole", {"supernode-00": 0, "supernode-01": 1})
+    folders = [home / "partitions" / f"supernode-0{n}" for n in range(2)]
+    mounted = [row for f in folders for row in rows(data.load_partition({"data-path": str(f)}, ""))]
+    assert data.load_holdout("local/whole", 64)[0] not in mounted
+    assert len(mounted) == len(CARDS) - 1
+
+
+def test_a_dataset_too_small_to_set_a_card_aside_has_no_holdout(home: Path):
+    write_jsonl(home / "datasets" / "few" / "train.jsonl", CARDS[:20])
+    assert data.load_holdout("local/few", 3) is None
+    assert len(data.partition("local/few", 1, 0)) == 20
+
+
+def test_a_split_that_is_not_there_is_refused(home: Path):
     (home / "datasets" / "cards" / "test.jsonl").unlink()
-    assert data.load_holdout("local/cards", 3) is None
     with pytest.raises(AppError, match='expected a split "test"'):
         data.load_dataset_split("local/cards", "test")
 
@@ -248,6 +282,40 @@ def test_the_template_inside_an_answer_counts_from_its_last_place(tmp_path: Path
 def test_a_card_whose_template_is_cut_off_contributes_nothing(tmp_path: Path):
     (example,) = data.tokenize(one("long " * 100, "Yes."), tiny_tokenizer(), 64, tmp_path)
     assert len(example.input_ids) == example.prompt_length == 64
+
+
+@pytest.mark.parametrize("answer", ["B", "maybe"])
+def test_an_exam_question_is_asked_as_the_evaluation_asks_it_and_ends_with_its_answer(
+    answer: str, tmp_path: Path
+):
+    tokenizer = tiny_tokenizer()
+    question = f"{STATEMENT}\nText.\nIs it so?\nThe answer is:\n"
+    (example,) = data.tokenize(one(question, answer, STATEMENT), tokenizer, 512, tmp_path)
+    prompt, learnt = (
+        example.input_ids[: example.prompt_length],
+        example.input_ids[example.prompt_length :],
+    )
+    assert list(prompt) == tokenizer.encode(wrap(question))
+    assert list(learnt) == [*tokenizer.encode(answer), tokenizer.eos_token_id]
+
+
+def test_an_exam_question_that_is_cut_off_contributes_nothing(tmp_path: Path):
+    question = one("long " * 100, "A", ENTRANCE_EXAM)
+    (example,) = data.tokenize(question, tiny_tokenizer(), 64, tmp_path)
+    assert len(example.input_ids) == example.prompt_length == 64
+
+
+def test_cards_and_exam_questions_keep_their_order(tmp_path: Path):
+    tokenizer = tiny_tokenizer()
+    questions = with_answer_formats(Dataset.from_list(CARDS), seed=1, share=0.5)
+    texts = [
+        tokenizer.decode(example.input_ids)
+        for example in data.tokenize(questions, tokenizer, 512, tmp_path)
+    ]
+    for row, text in zip(questions, texts, strict=True):
+        asked = row["instruction"] in EXAMS
+        assert text.startswith(wrap(row["input"]) if asked else data.prompt_text(row["input"]))
+    assert 10 < sum(row["instruction"] in EXAMS for row in questions) < 40
 
 
 def test_a_partition_is_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,9 +11,6 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from evaluation import run
 from evaluation.catalogue import task, tasks
@@ -32,50 +29,9 @@ from evaluation.model import load_subject, with_adapter
 from evaluation.run import Plan, as_generations, evaluate, requests_for
 from evaluation.scorer import read_generations
 from evaluation.task import Question, wrap
+from tests.tiny_model import save_adapter, save_tiny_model
 
 OPTIONS = ("A", "B", "C", "D")
-
-
-def save_tiny_model(folder, hidden=64, seed=0):
-    """A byte-level tokenizer and a random Llama: long answers, many tokens a word."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({c: i for i, c in enumerate([*special, *alphabet])}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=special[1],
-        eos_token=special[2],
-        pad_token=special[2],
-        additional_special_tokens=special,
-    ).save_pretrained(folder)
-    torch.manual_seed(seed)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(special) + len(alphabet),
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.5,  # livelier than usual: answers that depend on the prompt
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=2,
-        )
-    ).save_pretrained(folder)
-    return folder
-
-
-def save_adapter(folder, base, hidden=64):
-    subject = load_subject(str(save_tiny_model(folder / "model", hidden)), 0)
-    torch.manual_seed(1)
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    adapter = get_peft_model(subject.model, config)
-    adapter.peft_config["default"].base_model_name_or_path = str(base)
-    adapter.save_pretrained(folder / "peft_3")
-    return folder / "peft_3"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -136,6 +92,42 @@ def test_what_is_too_close_to_call_is_asked_alone(subject):
     assert [every[n].output for n in range(6)] == [none[n].output for n in range(6)]
 
 
+def test_the_model_and_the_threads_are_as_they_were_afterwards(subject):
+    torch.set_num_threads(2)
+    try:
+        before = subject.model.config._attn_implementation
+        answering = Engine(subject, OPTIONS, batch_tokens=60).answers(
+            [Request(text, 1) for text in prompts(6)]
+        )
+        next(answering)
+        assert (torch.get_num_threads(), subject.model.config._attn_implementation) != (2, before)
+        answering.close()  # cut off between two batches
+        assert (torch.get_num_threads(), subject.model.config._attn_implementation) == (2, before)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_two_cores_say_what_one_says(subject):
+    requests = [Request(text, 2) for text in prompts(20)]
+    one = all_answers(Engine(subject, OPTIONS, batch_tokens=60), requests)
+    torch.set_num_threads(2)
+    try:
+        two = all_answers(Engine(subject, OPTIONS, batch_tokens=60), requests)
+    finally:
+        torch.set_num_threads(1)
+    assert [two[n].output for n in range(20)] == [one[n].output for n in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("sliding_window", 64), ("attn_logit_softcapping", 30.0)]
+)
+def test_a_model_that_attends_in_another_way_is_asked_one_by_one(subject, monkeypatch, name, value):
+    monkeypatch.setattr(subject.model.config, name, value, raising=False)
+    assert f"sets {name} to {value}" in why_one_by_one(subject)
+    requests = [Request(text, 2) for text in prompts(3)]
+    assert all(answer.alone for answer in all_answers(Engine(subject, OPTIONS), requests).values())
+
+
 def test_an_answer_ends_at_the_end_of_text(subject, monkeypatch):
     """Whatever the model says first is declared to be an end: nothing may follow it."""
     request = Request(prompts(1)[0], 5)
@@ -182,8 +174,7 @@ def test_every_sequence_is_in_one_batch_that_fits(lengths, batch_tokens):
     batches = batches_by_length(lengths, batch_tokens)
     assert sorted(n for batch in batches for n in batch) == list(range(len(lengths)))
     for batch in batches:
-        widest = max(lengths[n] for n in batch)
-        assert len(batch) == 1 or len(batch) * widest <= batch_tokens
+        assert len(batch) == 1 or sum(lengths[n] for n in batch) <= batch_tokens
 
 
 def test_an_answer_may_be_as_long_as_the_gold_of_its_batchs_first_row(subject):
