@@ -36,6 +36,7 @@ import certs
 from medfed import processes
 from medfed.paths import Home
 from medfed.runs import PROJECT
+from medfed.simulation import simulation as simulating
 from superlink import command as superlink_command
 from superlink.control import Control
 from supernode import command as supernode_command
@@ -112,9 +113,9 @@ class Bench:
             "num-server-rounds": options.rounds,
         }
 
-    def run(self, control: Control, fab: bytes) -> int:
+    def run(self, control: Control, fab: bytes, simulate: int | None = None) -> int:
         """Start a run and wait until it is over; its id."""
-        run_id = control.start_run(fab, self.config)
+        run_id = control.start_run(fab, self.config, simulate=simulate)
         while not (run := control.run(run_id)).finished:
             time.sleep(2)
         if run.status != "completed":
@@ -281,46 +282,13 @@ def _deployed(bench: Bench, port: int, fleet: str) -> Measured:
         processes.down(home)
 
 
-def simulation(bench: Bench, port: int) -> Measured:
+def simulation(bench: Bench, _port: int) -> Measured:
     """medfed in Flower's simulation, with one core for each client."""
-    home = bench.home
-    flower = home.root / "flwr"
-    flower.mkdir()
-    (flower / "config.toml").write_text(
-        f'[superlink]\ndefault = "s"\n[superlink.s]\naddress = "127.0.0.1:{port}"\n'
-        "insecure = true\n"
-        "options.num-supernodes = 20\noptions.backend.client-resources.num-cpus = 1\n",
-        encoding="utf-8",
-    )
-    environment = {
-        **os.environ,
-        "MEDFED_HOME": str(home.root),
-        "FLWR_HOME": str(flower),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "PATH": f"{PROGRAMS}:{os.environ.get('PATH', '')}",
-    }
-    arguments = ["flower-superlink", "--simulation", "--insecure", "--port", str(port)]
-    config = " ".join(f"{key}={json.dumps(value)}" for key, value in bench.config.items())
-    with _started() as start:
-        log = home.root / "superlink.log"
-        arguments.append("--disable-runtime-dependency-installation")
-        start(arguments, environment, log)
-        _wait(lambda: _listens(port), 60, f"a simulation SuperLink on port {port}, see {log}")
-        submitted = subprocess.run(
-            [PROGRAMS / "flwr", "run", str(PROJECT), "s", "-c", config, "--format", "json"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found = re.search(r'"run-id":\s*"(\d+)"', submitted.stdout)
-        if found is None:
-            raise SystemExit(f"error: expected flwr run to name the run, found {submitted.stdout}")
-        folder = home.runs / found[1]
+    with simulating(bench.home) as address, Control(address) as control:
         say("simulation: running")
-        _wait(lambda: (folder / "summary.json").exists(), 1800, f"{folder}/summary.json, see {log}")
-        return measured(bench.rounds(int(found[1])))
+        nodes = roster.load().num_partitions
+        run_id = bench.run(control, build_fab_from_disk(PROJECT), simulate=nodes)
+        return measured(bench.rounds(run_id))
 
 
 @contextlib.contextmanager
