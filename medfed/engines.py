@@ -19,6 +19,7 @@ from rich.console import Console
 
 from medfed import composed, processes
 from medfed.paths import Home
+from medfed.processes import FederationError
 from medfed.runs import PROJECT, RunConfig, RunError, run
 from medfed.simulation import simulation
 from superlink.control import Control
@@ -107,7 +108,13 @@ def _scratch(home: Home) -> Iterator[Home]:
 
 
 def _free_port() -> int:
-    """A port with room above it for the SuperNodes' own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port with room above it for the SuperNodes' own.
+
+    Below those that the kernel gives to outgoing connections (32768 and up): it might give one away
+    between this look and the moment at which a SuperNode wants it.
+    """
+    for port in range(20_000, 32_000, 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise FederationError("expected a free port from 20000 to 32000, found none", "end something")

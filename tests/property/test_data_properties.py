@@ -93,13 +93,15 @@ def test_a_csv_row_with_too_few_or_many_fields_is_reported_with_its_line(
 
 
 @settings(max_examples=15, deadline=None)
-@given(count=st.integers(20, 70), parts=st.integers(1, 20))
-def test_partitions_are_disjoint_and_cover_the_dataset(count: int, parts: int):
+@given(count=st.integers(30, 70), parts=st.integers(1, 20))
+def test_partitions_and_what_is_held_out_are_disjoint_and_cover_the_dataset(count: int, parts: int):
     rows = [{"instruction": "", "input": str(n), "output": "x"} for n in range(count)]
     with TemporaryDirectory() as folder:
         write(rows, Path(folder, "train.jsonl"))
         cut = [data.partition(folder, parts, n) for n in range(parts)]
-    seen = [row["input"] for part in cut for row in part]
+        held_out = data.load_holdout(folder, count)
+    assert held_out is not None
+    seen = [row["input"] for part in (*cut, held_out) for row in part]
     assert sorted(seen, key=int) == [row["input"] for row in rows]
     assert max(map(len, cut)) - min(map(len, cut)) <= 1
 

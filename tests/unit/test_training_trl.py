@@ -106,4 +106,5 @@ def test_training_follows_trl_on_real_cards_and_weights(tmp_path, real):
     expected = sft_losses(fresh_model(), tmp_path, examples, words, **steps)
     result = run(fresh_model(), examples, steps=2, batch_size=8, learning_rate=2e-4, order_seed=11)
     assert expected[0] != expected[1]
-    assert result.step_losses == pytest.approx(expected, abs=1e-5)
+    # Of the loss: TRL sums hundreds of labels in float32, and its own last digits are not exact.
+    assert result.step_losses == pytest.approx(expected, rel=1e-5)
