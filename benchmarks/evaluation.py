@@ -28,11 +28,11 @@ from typing import Any
 import torch
 
 from evaluation.catalogue import tasks
-from evaluation.generate import Answer, Engine, Request, one_by_one
+from evaluation.generate import Answer, Engine, Request, one_by_one, shared_prefix
 from evaluation.model import Subject, load_subject
 from evaluation.run import requests_for
 from evaluation.sources import rows_of
-from evaluation.task import Task
+from evaluation.task import Task, wrap
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -98,6 +98,7 @@ def _compare(
 ) -> dict[str, Any]:
     questions = task.questions(rows_of(task, data), from_hub=False, limit=limit)
     requests = requests_for(questions, fast.tokenizer)
+    encoded = [fast.tokenizer.encode(wrap(request.prompt)) for request in requests]
     # A first answer each, so that neither side pays for what happens once.
     warm = requests[:1]
     for subject in (fast, *loops.values()):
@@ -106,6 +107,8 @@ def _compare(
     row: dict[str, Any] = {
         "benchmark": task.name,
         "n": len(requests),
+        "tokens_a_prompt": sum(map(len, encoded)) / len(encoded),
+        "shared_tokens": shared_prefix(encoded),
         "seconds": seconds,
         "cpu_seconds": cpu,
         "decided_alone": sum(answer.alone for answer in answers),

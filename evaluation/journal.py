@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from evaluation.errors import EvaluationError
 from evaluation.generate import Answer, Request
 
 # Part of every key: a change to how answers come about must not find old ones.
@@ -47,20 +48,33 @@ class Journal:
         self.path = folder / f"{benchmark}-{sha.hexdigest()[:20]}.jsonl"
 
     def read(self) -> dict[int, Answer]:
-        """Answers so far; a last line that was cut off is dropped, here and in the file."""
+        """Answers so far; a last line that was cut off is dropped, here and in the file.
+
+        Raises:
+            EvaluationError: a line before it is damaged.
+        """
         if not self.path.is_file():
             return {}
         whole, _, torn = self.path.read_bytes().rpartition(b"\n")
         if torn:
             os.truncate(self.path, len(whole) + 1 if whole else 0)
         found = {}
-        for line in whole.decode().splitlines():
-            row = json.loads(line)
-            found[int(row["n"])] = Answer(row["output"], tuple(row["scores"]), bool(row["alone"]))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                answer = Answer(row["output"], tuple(row["scores"]), bool(row["alone"]))
+                found[int(row["n"])] = answer
+            except (ValueError, KeyError, TypeError) as error:
+                raise EvaluationError(
+                    f"expected an answer on line {number} of {self.path}, found {error}",
+                    "delete that file: its questions are asked again",
+                ) from error
         return found
 
     def append(self, answers: Mapping[int, Answer]) -> None:
-        """Write answers so that a power cut cannot take them back."""
+        """Write answers so that a power cut cannot take them back; none is nothing to write."""
+        if not answers:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [
             json.dumps({"n": n, "output": a.output, "scores": a.scores, "alone": a.alone})

@@ -273,6 +273,24 @@ def test_an_evaluation_that_was_cut_off_goes_on_where_it_stopped(tiny, data, tmp
     assert again["resumed"] == 10
 
 
+def test_a_batch_that_is_all_too_close_to_call_is_resumed_like_any_other(
+    tiny, data, tmp_path, monkeypatch
+):
+    engine = run.Engine
+    monkeypatch.setattr(run, "Engine", lambda *a: engine(*a, batch_tokens=60, near_tie=1e9))
+    whole = evaluate(plan(tiny, data, tmp_path))["benchmarks"][0]
+    assert whole["decided_alone"] == 10
+    again = evaluate(plan(tiny, data, tmp_path))["benchmarks"][0]
+    assert (again["resumed"], again["accuracy"]) == (10, whole["accuracy"])
+
+
+def test_a_damaged_journal_is_named_in_one_line(tmp_path):
+    journal = Journal(tmp_path, "medqa", "model", [Request("p", 1)], OPTIONS)
+    journal.path.write_text('{"n": 0, "output": "A", "scores": [], "alone": false}\n{"n": 1}\n')
+    with pytest.raises(EvaluationError, match="on line 2 of"):
+        journal.read()
+
+
 def test_another_model_or_another_question_has_a_journal_of_its_own(tmp_path):
     one = Journal(tmp_path, "medqa", "model", [Request("p", 1)], OPTIONS).path
     others = {
