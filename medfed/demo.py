@@ -18,7 +18,7 @@ CONFIG: RunConfig = {
     "train.learning-rate-min": 5e-4,
     "train.training-arguments.per-device-train-batch-size": 8,
     "train.training-arguments.max-steps": 5,
-    "evaluate.holdout-examples": 64,
+    "evaluate.holdout-examples": 32,
     "num-server-rounds": 3,
 }
 
