@@ -18,7 +18,7 @@ CONFIG = {
     "model.name": "local/tiny",
     "static.dataset.name": "local/hpo-flashcards",
     "model.quantization": 0,
-    "num-server-rounds": 2,
+    "num-server-rounds": 3,
     "train.training-arguments.max-steps": 2,
     "train.training-arguments.per-device-train-batch-size": 4,
     "evaluate.holdout-examples": 0,
@@ -49,5 +49,5 @@ def test_containers_and_simulation_agree_in_every_round_to_the_bit(
     compared = parity.compare(found, tensors)
     assert compared["first_difference"] is None
     assert compared["equal"]
-    assert len(compared["engines"]["containers"]["rounds"]) == 2
+    assert len(compared["engines"]["containers"]["rounds"]) == 3
     assert found["containers"].engine == "deployment"

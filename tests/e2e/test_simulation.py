@@ -17,6 +17,7 @@ import pytest
 
 from embedded import model as embedded_model
 from medfed import processes
+from medfed.communication import wire_of
 from medfed.paths import Home
 from supernode import roster
 from tests.small_llama import save_small_llama
@@ -120,6 +121,18 @@ def test_both_commands_complete_and_give_the_same_adapter(environment):
     ]
     assert events[0] == events[1]
     assert (deployed / "peft_2" / "adapter_model.safetensors").is_file()
+    # Two adapters each way in two rounds, and HTTP, TLS and signatures around them.
+    home = Home(Path(environment["MEDFED_HOME"]))
+    wire = wire_of(home, deployed.name)
+    assert wire is not None
+    assert wire["bytes"] > int(str(summary(deployed)["bytes"]))
+    assert set(wire["supernodes"]) == {one["institution"] for one in replies(deployed)}
+    assert wire_of(home, simulated.name) is None
+
+
+def replies(folder: Path) -> list[dict[str, object]]:
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == "reply"]
 
 
 @pytest.mark.parametrize(
