@@ -1,6 +1,6 @@
 """Three steps of a Llama's layer with fewer passes over memory: the same mathematics, on a CPU.
 
-A third of a training step on a CPU is not matrix products but what lies between them: normalising,
+Much of a training step on a CPU is not matrix products but what lies between them: normalising,
 rotating, gating. Written operation by operation, each reads and writes its activations many times
 and, where a tensor is cut in two, fills whole zero tensors on the way back. Here each is one
 function that knows its own derivative (RMSNorm 1910.07467, rotary embedding 2104.09864, SwiGLU

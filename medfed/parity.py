@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from app.adapter import TENSOR_DIGITS
+from embedded.files import write_file
 from medfed import composed, engines, records
 from medfed.errors import MedfedError
 from medfed.paths import Home
@@ -159,7 +159,7 @@ def prove(
         "disturbed": disturb,
         "folder": str(folder),
     }
-    _write(folder / "parity.json", result)
+    write_file(folder / "parity.json", json.dumps(result, indent=2).encode())
     return result
 
 
@@ -221,12 +221,3 @@ def proof_of(home: Home, app_sha256: str) -> Path | None:
         if content["app_sha256"] == app_sha256 and content["equal"] and "simulation" in compared:
             return file
     return None
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    partial = file.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader
 
 from app.communication import MB
+from embedded.files import write_file
 from medfed.communication import of_run
 from medfed.errors import MedfedError
 from medfed.paths import Home
@@ -40,10 +40,9 @@ def write(home: Home, record: Record) -> Path:
             "`medfed report` again once there is one",
         )
     folder = record.folder / "plots"
-    folder.mkdir(exist_ok=True)
     pictures = {name: _draw(draw, record) for name, draw in PLOTS.items()}
     for name, picture in pictures.items():
-        _replace(folder / f"{name}.png", picture)
+        write_file(folder / f"{name}.png", picture)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template(_TEMPLATE).render(
         run=record,
@@ -52,7 +51,7 @@ def write(home: Home, record: Record) -> Path:
         participation=participation(record),
     )
     path = record.folder / "report.html"
-    _replace(path, page.encode())
+    write_file(path, page.encode())
     return path
 
 
@@ -146,12 +145,3 @@ PLOTS = {
     "round-time": _round_time,
     "participation": _participation,
 }
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -4,6 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from embedded import model as embedded_model
+from medfed.paths import Home
+
+# Rounds of a second or two.
+CONFIG = {
+    "model.name": "local/tiny",
+    "static.dataset.name": "local/hpo-flashcards",
+    "model.quantization": 0,
+    "train.training-arguments.max-steps": 2,
+    "train.training-arguments.per-device-train-batch-size": 4,
+}
+
+
+def small_home(root: Path) -> Home:
+    """A home with the prepared cards and partitions, and the model as ``local/tiny``."""
+    home = sharing_cards(root)
+    save_small_llama(home.models / "tiny", Home.from_environment().models / embedded_model.NAME)
+    return home
+
+
+def sharing_cards(root: Path) -> Home:
+    """A home with the prepared cards and partitions, and no model."""
+    prepared, home = Home.from_environment(), Home(root)
+    home.models.mkdir(parents=True)
+    for folder in (prepared.datasets, prepared.partitions):
+        (home.root / folder.name).symlink_to(folder)
+    return home
+
 
 def save_small_llama(folder: Path, tokenizer: Path) -> None:
     """Write the model into ``folder``, with the tokenizer that lies in ``tokenizer``."""

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from medfed.commands import options
+
 SUPERLINK = "operator:8000"
 Superlink = Annotated[str, typer.Option(help="The operators' gateway, HOST:PORT.")]
 
@@ -72,10 +74,7 @@ def register(superlink: Superlink = SUPERLINK) -> None:
 
 @app.command()
 def demo(
-    run_config: Annotated[
-        list[str] | None,
-        typer.Option("--run-config", "-c", help="Overrides, as for flwr run: 'key=value …'."),
-    ] = None,
+    run_config: options.RunConfig = None,
     once: Annotated[
         bool, typer.Option("--once", help="Do nothing if a run has ended well before.")
     ] = False,

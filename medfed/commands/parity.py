@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from medfed.commands import options
+
 
 def parity(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the run that is compared.")] = 3,
@@ -17,13 +19,8 @@ def parity(
             "Default: the first two, and containers where docker compose has them up."
         ),
     ] = None,
-    run_config: Annotated[
-        list[str] | None,
-        typer.Option("--run-config", "-c", help="Overrides, as for flwr run: 'key=value …'."),
-    ] = None,
-    demo: Annotated[
-        bool, typer.Option("--demo", help="Short rounds on the embedded model and cards.")
-    ] = False,
+    run_config: options.RunConfig = None,
+    demo: options.Demo = False,
     disturb: Annotated[
         str | None,
         typer.Option(

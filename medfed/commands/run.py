@@ -7,15 +7,12 @@ from typing import Annotated
 
 import typer
 
+from medfed.commands import options
+
 
 def run(
-    run_config: Annotated[
-        list[str] | None,
-        typer.Option("--run-config", "-c", help="Overrides, as for flwr run: 'key=value …'."),
-    ] = None,
-    demo: Annotated[
-        bool, typer.Option("--demo", help="Short rounds on the embedded model and cards.")
-    ] = False,
+    run_config: options.RunConfig = None,
+    demo: options.Demo = False,
     superlink: Annotated[
         str, typer.Option(help="The SuperLink's address, HOST:PORT.")
     ] = "127.0.0.1:8000",

@@ -11,28 +11,19 @@ from rich.console import Console
 
 from medfed import engines, parity, records
 from medfed.paths import Home
+from tests.small_llama import CONFIG as SMALL
+from tests.small_llama import sharing_cards
 
 pytestmark = [pytest.mark.containers, pytest.mark.weights]
 
-CONFIG = {
-    "model.name": "local/tiny",
-    "static.dataset.name": "local/hpo-flashcards",
-    "model.quantization": 0,
-    "num-server-rounds": 3,
-    "train.training-arguments.max-steps": 2,
-    "train.training-arguments.per-device-train-batch-size": 4,
-    "evaluate.holdout-examples": 0,
-}
+CONFIG = {**SMALL, "num-server-rounds": 3, "evaluate.holdout-examples": 0}
 QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture
 def home(federation: Federation, tmp_path: Path) -> Home:
     """This machine's cards, and the very model that the containers have."""
-    prepared, home = Home.from_environment(), Home(tmp_path / "medfed")
-    home.models.mkdir(parents=True)
-    for folder in (prepared.datasets, prepared.partitions):
-        (home.root / folder.name).symlink_to(folder)
+    home = sharing_cards(tmp_path / "medfed")
     federation.project.compose("cp", "superlink:/medfed/models/tiny", str(home.models / "tiny"))
     return home
 

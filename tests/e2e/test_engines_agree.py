@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from embedded import model as embedded_model
 from medfed import engines, parity, records
 from medfed.cli import app as cli
 from medfed.communication import of_run
@@ -18,30 +17,18 @@ from medfed.paths import Home
 from medfed.runs import run
 from medfed.simulation import simulation
 from superlink.control import Control
-from tests.small_llama import save_small_llama
+from tests.small_llama import CONFIG as SMALL
+from tests.small_llama import small_home
 
 pytestmark = [pytest.mark.processes, pytest.mark.weights]
 
-CONFIG = {
-    "model.name": "local/tiny",
-    "static.dataset.name": "local/hpo-flashcards",
-    "model.quantization": 0,
-    "num-server-rounds": 3,
-    "train.training-arguments.max-steps": 2,
-    "train.training-arguments.per-device-train-batch-size": 4,
-    "evaluate.holdout-examples": 8,
-}
+CONFIG = {**SMALL, "num-server-rounds": 3, "evaluate.holdout-examples": 8}
 QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """The prepared cards and partitions, and a tiny model beside them."""
-    prepared, home = Home.from_environment(), Home(tmp_path_factory.mktemp("medfed"))
-    for folder in (prepared.datasets, prepared.partitions):
-        (home.root / folder.name).symlink_to(folder)
-    save_small_llama(home.models / "tiny", prepared.models / embedded_model.NAME)
-    return home
+    return small_home(tmp_path_factory.mktemp("medfed"))
 
 
 @pytest.fixture(scope="module")

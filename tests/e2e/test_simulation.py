@@ -15,12 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from embedded import model as embedded_model
 from medfed import processes
 from medfed.communication import wire_of
 from medfed.paths import Home
 from supernode import roster
-from tests.small_llama import save_small_llama
+from tests.small_llama import CONFIG as SMALL
+from tests.small_llama import small_home
 
 pytestmark = [pytest.mark.processes, pytest.mark.weights]
 
@@ -28,25 +28,12 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
 LOCAL_SUPERLINK_PORT = 39093  # where the flwr command starts a SuperLink for simulations
 PORT = 30500
-CONFIG = {
-    "model.name": "local/tiny",
-    "static.dataset.name": "local/hpo-flashcards",
-    "model.quantization": 0,
-    "num-server-rounds": 2,
-    "train.training-arguments.max-steps": 2,
-    "train.training-arguments.per-device-train-batch-size": 4,
-    "evaluate.holdout-examples": 8,
-}
+CONFIG = {**SMALL, "num-server-rounds": 2, "evaluate.holdout-examples": 8}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """The prepared cards and partitions, and a tiny model beside them."""
-    prepared, home = Home.from_environment(), Home(tmp_path_factory.mktemp("medfed"))
-    for folder in (prepared.datasets, prepared.partitions):
-        (home.root / folder.name).symlink_to(folder)
-    save_small_llama(home.models / "tiny", prepared.models / embedded_model.NAME)
-    return home
+    return small_home(tmp_path_factory.mktemp("medfed"))
 
 
 @pytest.fixture(scope="module")
