@@ -9,6 +9,8 @@ from pathlib import Path
 from flwr.app import Message
 from flwr.common import log
 
+from app import durable
+
 MB = 1024**2  # the template divides by this and writes "MB"
 BUDGET_MB = 200_000
 
@@ -33,17 +35,23 @@ class Communication:
     Args:
         file: ``comm_cost.txt``, appended to.
         total: bytes of the rounds before, where a run goes on.
+        lines: lines about them; what else the file says is of a round that is done again.
     """
 
-    def __init__(self, file: Path, total: int = 0) -> None:
+    def __init__(self, file: Path, total: int = 0, lines: int = 0) -> None:
         self._file = file
         self.total = total
+        self.lines = lines
+        if file.is_file():
+            kept = file.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]
+            durable.write(file, "".join(kept).encode())
 
     def add(self, count: int) -> None:
         """Count ``count`` bytes that went one way."""
         within = self.total <= BUDGET_MB * MB
         self.total += count
-        with self._file.open("a", encoding="utf-8") as lines:
+        self.lines += 1
+        with durable.disk(self._file), self._file.open("a", encoding="utf-8") as lines:
             lines.write(line(self.total, count))
         if within and self.total > BUDGET_MB * MB:
             log(

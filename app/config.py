@@ -12,6 +12,11 @@ from app.errors import AppError
 
 _T = TypeVar("_T")
 
+# Flower's strategies that can be named, each with the fewest replies it makes sense of: a median
+# of two is their mean, a trimmed mean (a fifth off each end) trims from five on, and Krum bears
+# one bad reply among 2 * 1 + 3.
+STRATEGIES = {"FedAvg": 1, "FedMedian": 3, "FedTrimmedAvg": 5, "Krum": 5}
+
 
 def _setting(key: str, expected: str, valid: Callable[[Any], bool]) -> Any:
     """Declare a field that is read from ``key`` and must satisfy ``valid``."""
@@ -110,8 +115,11 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class StrategySettings:
-    """Who takes part in a round."""
+    """Who takes part in a round, and how their adapters become one."""
 
+    name: str = _setting(
+        "strategy.name", f"one of {', '.join(STRATEGIES)}", lambda v: v in STRATEGIES
+    )
     fraction_train: float = _setting(
         "strategy.fraction-train", "a number above 0, at most 1", lambda v: 0 < v <= 1
     )
@@ -119,8 +127,74 @@ class StrategySettings:
     wait_for_nodes_s: float = _setting("strategy.wait-for-nodes-s", "seconds above 0", _positive)
 
     def sample_size(self, institutions: int) -> int:
-        """How many of ``institutions`` train in a round (FedAvg's own rule)."""
-        return max(int(institutions * self.fraction_train), self.min_train_nodes)
+        """How many of ``institutions`` train in a round (FedAvg's own rule).
+
+        Raises:
+            AppError: too few for the strategy to tell good replies from bad ones.
+        """
+        size = max(int(institutions * self.fraction_train), self.min_train_nodes)
+        if size < (least := STRATEGIES[self.name]):
+            raise AppError(
+                f"strategy.name: {self.name} expects at least {least} institutions a round, "
+                f"found {size}",
+                "raise strategy.fraction-train or strategy.min-train-nodes",
+            )
+        return size
+
+
+@dataclass(frozen=True)
+class RoundSettings:
+    """How long a round waits, for whom, and what it does without them."""
+
+    min_replies: int = _setting(
+        "rounds.min-replies",
+        "a whole number above 0 (never more than are asked)",
+        _positive,
+    )
+    replacements: int = _setting(
+        "rounds.replacements",
+        "institutions asked in place of lost ones in one round, from 0",
+        lambda v: v >= 0,
+    )
+    deadline_s: float = _setting("rounds.deadline-s", "seconds above 0", _positive)
+    silence_s: float = _setting(
+        "rounds.silence-s",
+        "seconds without a sign of life after which a SuperNode at work counts as lost, from 5 "
+        "(medfed's give one every 3 s; Flower's own every 20 s)",
+        lambda v: v >= 5,
+    )
+    retries: int = _setting(
+        "rounds.retries", "times a round is tried again at once, from 0", lambda v: v >= 0
+    )
+    pause_s: float = _setting(
+        "rounds.pause-s",
+        "seconds from 0 that a run waits for institutions after that, before it ends",
+        lambda v: v >= 0,
+    )
+    max_restarts: int = _setting(
+        "rounds.max-restarts",
+        "times from 0 that a ServerApp may die without finishing a round",
+        lambda v: v >= 0,
+    )
+
+
+@dataclass(frozen=True)
+class ReplySettings:
+    """What a reply must be like to be summed."""
+
+    max_num_examples: int = _setting(
+        "replies.max-num-examples", "a whole number above 0", _positive
+    )
+    max_norm_ratio: float = _setting(
+        "replies.max-norm-ratio",
+        "a number above 1: how much larger an update may be than the median of the last ones",
+        lambda v: v > 1,
+    )
+    set_aside_after: int = _setting(
+        "replies.set-aside-after",
+        "bad replies above 0 after which an institution is asked no more",
+        _positive,
+    )
 
 
 @dataclass(frozen=True)
@@ -145,11 +219,18 @@ class RunConfig:
     model: ModelSettings
     train: TrainSettings
     strategy: StrategySettings
+    rounds: RoundSettings
+    replies: ReplySettings
     evaluate: EvaluateSettings
     dataset_name: str = _setting(
         "static.dataset.name", "a hub name, local/NAME or an absolute path", _named
     )
     num_rounds: int = _setting("num-server-rounds", "a whole number above 0", _positive)
+    resume_run: str = _setting(
+        "resume-run",
+        "the id of a run to go on with, or nothing",
+        lambda v: not v or v.isdecimal(),
+    )
 
     @classmethod
     def parse(cls, run_config: Mapping[str, Any]) -> RunConfig:
@@ -170,6 +251,24 @@ class RunConfig:
     def flat(self) -> dict[str, Any]:
         """What ``parse`` would read this config from: every key with its value."""
         return _flat(self)
+
+    def check_same(self, earlier: Mapping[str, Any]) -> None:
+        """Compare with the config of the run that this one goes on with.
+
+        How it waits and what it lets pass may differ: that may be why it goes on.
+
+        Raises:
+            AppError: naming the first setting that would make it another run.
+        """
+        for key, value in self.flat().items():
+            if key.startswith(("rounds.", "replies.", "strategy.wait")) or key == "resume-run":
+                continue
+            if earlier.get(key) != value:
+                raise AppError(
+                    f"{key}: expected {earlier.get(key)!r} as in the run to go on with, "
+                    f"found {value!r}",
+                    "medfed run --resume takes the run's own settings; another run starts anew",
+                )
 
 
 def _flat(settings: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -21,6 +22,19 @@ _QUERY_TIMEOUT_S = 60.0
 def name_of(partition_id: int) -> str:
     """The name of the institution that holds a partition where none was registered."""
     return f"supernode-{partition_id:02d}"
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What the SuperLink knows of a SuperNode's life.
+
+    Attributes:
+        online_until: seconds since the epoch; every heartbeat moves it.
+        activated: when it last connected, as the SuperLink wrote it down.
+    """
+
+    online_until: float
+    activated: str
 
 
 class Institutions:
@@ -54,6 +68,14 @@ class Institutions:
             self._names.update(self._ask_for_partitions(unnamed))
         by_name = {self._names[n.node_id]: n.node_id for n in nodes if n.node_id in self._names}
         return dict(sorted(by_name.items()))
+
+    def signs(self) -> dict[str, Sign]:
+        """The last sign of life of every institution that is online, by name."""
+        return {
+            self._names[node.node_id]: Sign(node.online_until, node.last_activated_at)
+            for node in self._grid.get_nodes()
+            if node.node_id in self._names
+        }
 
     def known(self) -> tuple[str, ...]:
         """Everyone who should be there: the roster where the coordinator has one, else who is."""

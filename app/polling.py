@@ -37,12 +37,50 @@ def waits(first: float = FIRST_WAIT_S, longest: float = LONGEST_WAIT_S) -> Itera
         wait = min(wait * 2, longest)
 
 
+class Mailbox:
+    """Messages that are out, and the replies that come in.
+
+    Args:
+        grid: Flower's grid, or anything with its two methods.
+        clock: monotonic seconds.
+        sleep: what sleeps.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._grid, self._clock, self._sleep = grid, clock, sleep
+        self._pauses = waits()
+        self.awaited: set[str] = set()
+
+    def send(self, messages: Iterable[Message]) -> list[str]:
+        """Send messages; their ids in the same order, empty for one that was refused."""
+        pushed = [message_id or "" for message_id in self._grid.push_messages(list(messages))]
+        self.awaited |= set(pushed) - {""}
+        self._pauses = waits()
+        return pushed
+
+    def look(self, most_s: float = LONGEST_WAIT_S) -> list[Message]:
+        """What has arrived, errors included; waits a moment, ``most_s`` at most, if nothing has."""
+        asked = self._clock()
+        arrived = list(self._grid.pull_messages(sorted(self.awaited)))
+        self.awaited -= {reply.metadata.reply_to_message_id for reply in arrived}
+        if arrived:
+            self._pauses = waits()
+        elif self._clock() - asked < HELD_S:
+            self._sleep(min(next(self._pauses), most_s))
+        return arrived
+
+
 def replies(
     grid: Grid,
     messages: Iterable[Message],
     timeout: float,
     *,
-    on_push: Callable[[list[str]], None] = lambda message_ids: None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Message]:
@@ -52,7 +90,6 @@ def replies(
         grid: Flower's grid, or anything with its two methods.
         messages: what to send, one message per node.
         timeout: seconds after which no more replies are waited for.
-        on_push: told the messages' ids, in their order, before the first reply.
         clock: monotonic seconds.
         sleep: what sleeps.
 
@@ -61,19 +98,7 @@ def replies(
         message was refused.
     """
     end = clock() + timeout
-    pushed = list(grid.push_messages(list(messages)))
-    on_push(pushed)
-    missing = {message_id for message_id in pushed if message_id}
-    pauses = waits()
-    while missing:
-        asked = clock()
-        arrived = list(grid.pull_messages(sorted(missing)))
-        missing -= {reply.metadata.reply_to_message_id for reply in arrived}
-        yield from arrived
-        now = clock()
-        if not missing or now >= end:
-            return
-        if arrived:
-            pauses = waits()
-        elif now - asked < HELD_S:
-            sleep(min(next(pauses), end - now))
+    mailbox = Mailbox(grid, clock=clock, sleep=sleep)
+    mailbox.send(messages)
+    while mailbox.awaited and (left := end - clock()) > 0:
+        yield from mailbox.look(left)

@@ -3,44 +3,79 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+from app import durable
 from app.config import RunConfig
+from app.errors import AppError
 from app.places import medfed_home
 
 
 class RunRecord:
     """``$MEDFED_HOME/runs/RUN/``: what was asked for, where it came from, what happened.
 
-    ``config.json``, ``provenance.json``, ``events.jsonl``, ``comm_cost.txt``, ``peft_N/`` and
-    ``summary.json``.
+    ``config.json``, ``provenance.json``, ``events.jsonl``, ``comm_cost.txt``, ``ledger/``
+    (``app.ledger``), ``peft_N/`` and ``summary.json``.
 
     Events are appended as they happen, one JSON object a line, so that a reader can follow a run
     that is under way; ``summary.json`` comes last and marks a run that ended well.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        with durable.disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
 
     @classmethod
-    def create(cls, run_id: int, config: RunConfig) -> RunRecord:
-        """Open the folder of run ``run_id`` under ``MEDFED_HOME`` and note its config."""
-        record = cls(medfed_home() / "runs" / str(run_id))
-        record._write("config.json", config.flat())
+    def open(cls, run_id: int, config: RunConfig) -> RunRecord:
+        """Open the folder of run ``run_id`` under ``MEDFED_HOME``, or of the run it goes on with.
+
+        A run that goes on with another has that one's folder, under both ids.
+
+        Raises:
+            AppError: there is no such run, or it was another: the first setting that differs.
+        """
+        runs = medfed_home() / "runs"
+        folder = runs / str(run_id)
+        if config.resume_run:
+            earlier = runs / config.resume_run
+            if not (earlier / "config.json").is_file():
+                raise AppError(
+                    f"resume-run: expected a run in {earlier}, found none",
+                    "medfed run --resume takes the id that medfed run printed",
+                )
+            if not folder.exists():
+                with durable.disk(folder):
+                    folder.symlink_to(earlier.resolve().name)
+        record = cls(folder.resolve())
+        known = record.folder / "config.json"
+        if known.is_file():
+            config.check_same(json.loads(known.read_text(encoding="utf-8")))
+        else:
+            record._write("config.json", config.flat())
         return record
+
+    @property
+    def finished(self) -> bool:
+        """Whether this run has already ended well."""
+        return (self.folder / "summary.json").is_file()
 
     def provenance(self, origin: dict[str, Any]) -> None:
         """Note what the run's results come from (``app.provenance``)."""
         self._write("provenance.json", origin)
 
+    def origin(self) -> dict[str, Any] | None:
+        """What ``provenance`` noted; None if it has not."""
+        file = self.folder / "provenance.json"
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
     def event(self, name: str, **details: Any) -> None:
         """Append one event, stamped with the time in seconds since the epoch."""
         line = json.dumps({"event": name, "time": round(time.time(), 3), **details})
-        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as log:
+        file = self.folder / "events.jsonl"
+        with durable.disk(file), file.open("a", encoding="utf-8") as log:
             log.write(line + "\n")
 
     def finish(self, **summary: Any) -> None:
@@ -48,9 +83,4 @@ class RunRecord:
         self._write("summary.json", summary)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        partial = self.folder / f".{name}.partial"
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.folder / name)
+        durable.write(self.folder / name, json.dumps(content, indent=2).encode())

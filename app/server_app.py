@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
-from logging import INFO
+import contextlib
+import time
+from logging import INFO, WARNING
 
-from flwr.app import Array, ArrayRecord, Context
+from flwr.app import Context
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
 from app import adapter
+from app.adapter import Manifest
 from app.checkpoint import save_checkpoint
+from app.checks import ReplyChecks
 from app.communication import Communication
 from app.config import RunConfig
-from app.errors import log_app_errors_on_one_line
+from app.errors import AppError, log_app_errors_on_one_line
 from app.institutions import Institutions
+from app.ledger import Ledger, Saved
 from app.provenance import provenance
 from app.quiet import quiet_libraries
 from app.record import RunRecord
-from app.rounds import SeededFedAvg, run_round
+from app.rounds import Rounds
+from app.strategies import strategy as strategy_of
 
 app = ServerApp()
+
+_LONGEST_BACK_OFF_S = 60.0
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run every round: sample, send, wait, average, save."""
+    """Run every round: sample, send, wait, check, average, save."""
     log_app_errors_on_one_line()
     quiet_libraries()
     config = RunConfig.parse(context.run_config)
-    record = RunRecord.create(context.run_id, config)
+    record = RunRecord.open(context.run_id, config)
     log(INFO, "Run folder: %s", record.folder)
+    if record.finished:
+        log(INFO, "This run has ended already")
+        return
     try:
-        _run(grid, config, record)
+        _run(context.run_id, grid, config, record)
     except Exception as error:
-        record.event("failed", reason=str(error))
+        with contextlib.suppress(AppError):  # a disk that is full takes no event either
+            record.event("failed", reason=str(error))
         raise
 
 
-def _run(grid: Grid, config: RunConfig, record: RunRecord) -> None:
+def _run(run_id: int, grid: Grid, config: RunConfig, record: RunRecord) -> None:
     from app.holdout import Holdout  # torch: only once the config is known to be good
     from app.model import initial_adapter
 
     flat, manifest = initial_adapter(config.model, config.train.seed)
-    record.provenance(provenance(config, manifest))
+    ledger = Ledger(record.folder / "ledger", manifest)
+    saved = ledger.last() or Saved(round=0, flat=flat)
+    _go_on(run_id, config, record, ledger, saved, manifest)
+    flat = saved.flat
     holdout = Holdout.load(config)
     institutions = Institutions(grid)
     online = institutions.wait_for(
@@ -56,13 +71,14 @@ def _run(grid: Grid, config: RunConfig, record: RunRecord) -> None:
         federation=sorted(institutions.known()),
         engine="deployment" if institutions.registered else "simulation",
     )
-    strategy = SeededFedAvg(
-        institutions=institutions,
-        seed=config.train.seed,
-        sample_size=config.strategy.sample_size(len(institutions.known())),
-        fraction_evaluate=0.0,
+    strategy = strategy_of(config.strategy, institutions, config.train.seed)
+    strategy.restore(saved.strategy)
+    communication = Communication(record.folder / "comm_cost.txt", saved.bytes, saved.lines)
+    checks = ReplyChecks(config.replies, config.train, manifest, saved.norms)
+    rounds = Rounds(
+        run_id, grid, strategy, checks, config.rounds, manifest, ledger, record, communication
     )
-    communication = Communication(record.folder / "comm_cost.txt")
+    rounds.recall(saved.bad_replies)
 
     def measure(server_round: int) -> float | None:
         if holdout is None or not holdout.due(server_round):
@@ -72,10 +88,11 @@ def _run(grid: Grid, config: RunConfig, record: RunRecord) -> None:
         log(INFO, "[ROUND %d] held-out loss %.4f on %d cards", server_round, loss, holdout.examples)
         return loss
 
-    before = after = measure(0)
-    for server_round in range(1, config.num_rounds + 1):
-        arrays = ArrayRecord({"adapter": Array(flat)})
-        result = run_round(grid, strategy, record, server_round, arrays, manifest, communication)
+    before, after = saved.holdout_before, saved.holdout_after
+    if saved.round == 0:
+        before = after = measure(0)
+    for server_round in range(saved.round + 1, config.num_rounds + 1):
+        result = rounds.run(server_round, flat)
         flat = result.flat
         last = server_round == config.num_rounds
         if last or server_round % config.train.save_every_round == 0:
@@ -84,6 +101,20 @@ def _run(grid: Grid, config: RunConfig, record: RunRecord) -> None:
             record.event("checkpoint", round=server_round, folder=str(folder))
             log(INFO, "[ROUND %d] checkpoint: %s", server_round, folder)
         after = measure(server_round)
+        ledger.commit(
+            Saved(
+                round=server_round,
+                flat=flat,
+                strategy=strategy.state(),
+                bytes=communication.total,
+                lines=communication.lines,
+                norms=tuple(checks.norms),
+                bad_replies=rounds.bad_replies,
+                holdout_before=before,
+                holdout_after=after,
+                train_loss=result.train_loss,
+            )
+        )
     record.finish(
         rounds=config.num_rounds,
         adapter=f"peft_{config.num_rounds}",
@@ -94,3 +125,37 @@ def _run(grid: Grid, config: RunConfig, record: RunRecord) -> None:
         holdout_loss_after=after,
     )
     record.event("finished", rounds=config.num_rounds)
+
+
+def _go_on(
+    run_id: int,
+    config: RunConfig,
+    record: RunRecord,
+    ledger: Ledger,
+    saved: Saved,
+    manifest: Manifest,
+) -> None:
+    """Note where this run comes from, or that it goes on after its ServerApp was lost.
+
+    Raises:
+        AppError: it was lost too often without finishing a round.
+    """
+    origin = provenance(config, manifest)
+    earlier = record.origin()
+    if earlier is None:
+        record.provenance(origin)
+    elif earlier["app_sha256"] != origin["app_sha256"]:
+        log(WARNING, "The app is not the one that this run began with: its result has two sources")
+        record.event("app-changed", app_sha256=origin["app_sha256"])
+    restarts = ledger.started(run_id) - 1
+    if restarts > config.rounds.max_restarts:
+        raise AppError(
+            f"expected a finished round after {config.rounds.max_restarts} restarts, found that "
+            f"the ServerApp died again in round {saved.round + 1}",
+            "its log and the machine's (out of memory?) say why; then medfed run --resume",
+        )
+    if restarts or config.resume_run:
+        log(INFO, "Going on after round %d (restart %d)", saved.round, restarts)
+        record.event("resumed", after_round=saved.round, restarts=restarts)
+    if restarts > 1:
+        time.sleep(min(2.0 ** (restarts - 1), _LONGEST_BACK_OFF_S))

@@ -19,11 +19,16 @@ _POLL_S = 0.25
 _ASK_S = 3.0  # how often the SuperLink is asked whether the run is over
 
 
-def events(file: Path, is_over: Callable[[], bool]) -> Iterator[Event]:
+def events(file: Path, is_over: Callable[[], bool], *, ended: int = 0) -> Iterator[Event]:
     """Yield the events of a run's ``events.jsonl`` as they are written.
 
     Ends after ``finished`` or ``failed``, or once ``is_over`` says that nobody will write more.
     A line that is only half there is read again when it is whole.
+
+    Args:
+        file: may not be there yet.
+        is_over: asked now and then.
+        ended: bytes of a run that failed before, and now goes on: its end is not the end.
     """
     position = 0
     next_question = time.monotonic()
@@ -41,7 +46,7 @@ def events(file: Path, is_over: Callable[[], bool]) -> Iterator[Event]:
                     position += len(line)
                     event = json.loads(line)
                     yield event
-                    if event["event"] in ("finished", "failed"):
+                    if event["event"] in ("finished", "failed") and position > ended:
                         return
         if over:
             return
@@ -96,13 +101,25 @@ class RoundsView:
         elif name == "reply":
             loss, seconds = event["train_loss"], event["train_seconds"]
             self._status = f"round {number}: {event['institution']} {loss:.4f} in {seconds:.1f} s"
-        elif name in ("reply-failed", "reply-missing"):
+        elif name in ("reply-failed", "reply-missing", "reply-rejected", "institution-lost"):
             reason = event.get("reason", "no reply in time")
             self._status = f"round {number}: {event['institution']} gave no adapter: {reason}"
+        elif name == "asked":
+            row["institutions"] = f"{row['institutions']}, {event['institution']}"
+            self._status = f"round {number}: {event['institution']} asked ({event['because']})"
+        elif name == "set-aside":
+            bad = event["bad_replies"]
+            self._status = f"{event['institution']} is set aside after {bad} bad replies"
+        elif name == "round-retried":
+            self._status = f"round {number}: trying again ({event['reason']})"
+        elif name == "paused":
+            self._status = f"round {number} paused, waiting for {event['waits_for']}"
+        elif name == "resumed":
+            self._status = f"going on after round {event['after_round']}"
         elif name == "round-finished":
             row |= {"loss": event["train_loss"], "bytes": event["bytes"], "s": event["seconds"]}
-            self._bytes += event["bytes"]
-            self._progress.advance(self._task)
+            self._bytes = sum(other.get("bytes", 0) for other in self._rows.values())
+            self._progress.update(self._task, completed=number)
             self._status = f"round {number} done: loss {event['train_loss']:.4f}"
         elif name == "holdout":
             row["holdout"] = event["loss"]

@@ -181,6 +181,8 @@ def _rounds(events: tuple[dict[str, Any], ...]) -> list[Round]:
         name, number = event["event"], event.get("round", 0)
         if name == "round-started":  # anew after a restart: what came before is not summed
             asked[number], replies[number] = list(event["institutions"]), {}
+        elif name == "asked" and event["institution"] not in asked[number]:
+            asked[number].append(event["institution"])
         elif name == "reply":
             replies[number][event["institution"]] = Reply(
                 event["institution"],
@@ -196,7 +198,7 @@ def _rounds(events: tuple[dict[str, Any], ...]) -> list[Round]:
         Round(
             number=number,
             institutions=tuple(asked[number]),
-            replies=tuple(replies[number].values()),
+            replies=tuple(reply for _, reply in sorted(replies[number].items())),
             adapter_sha256=event["adapter_sha256"],
             train_loss=event["train_loss"],
             bytes=event["bytes"],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,12 @@ from rich.console import Console
 
 from medfed.errors import MedfedError
 from medfed.paths import Home
+from medfed.records import Record, find
 
 if TYPE_CHECKING:
     from superlink.control import Control
+
+_AWAY_S = 600.0  # a SuperLink that restarts is back long before
 
 PROJECT = Path(__file__).resolve().parents[1]
 RunConfig = Mapping[str, bool | float | int | str]
@@ -52,6 +56,7 @@ def run(
     console: Console,
     *,
     simulate: int | None = None,
+    resume: str = "",
 ) -> Outcome:
     """Start a run of this project's app and show its rounds until it ends.
 
@@ -61,6 +66,7 @@ def run(
         overrides: of the run config in ``pyproject.toml``.
         console: where progress is drawn.
         simulate: at a SuperLink that simulates: how many SuperNodes.
+        resume: the id of a run to go on with, with its own settings.
 
     Raises:
         RunError: the run failed or was stopped; the message is the ServerApp's own.
@@ -69,9 +75,14 @@ def run(
 
     from medfed.follow import RoundsView, events
 
+    ended = 0
+    if resume:
+        earlier = _unfinished(home, resume)
+        overrides = {**earlier.config, **overrides, "resume-run": earlier.folder.resolve().name}
+        ended = (earlier.folder / "events.jsonl").stat().st_size
     run_id = control.start_run(build_fab_from_disk(PROJECT), overrides, simulate=simulate)
     folder = home.runs / str(run_id)
-    stream = events(folder / "events.jsonl", lambda: control.run(run_id).finished)
+    stream = events(folder / "events.jsonl", _ending(control, run_id, console), ended=ended)
     last = RoundsView(console, _rounds(overrides)).show(stream)
     summary = folder / "summary.json"
     if summary.is_file():
@@ -79,8 +90,52 @@ def run(
     reason = last["reason"] if last and last["event"] == "failed" else control.run(run_id).details
     raise RunError(
         f"run {run_id} did not finish: {reason or control.run(run_id).status}",
-        f"flwr log {run_id} local-deployment --show prints the ServerApp's log",
+        f"flwr log {run_id} local-deployment --show prints the ServerApp's log; what it had "
+        f"finished is kept: medfed run --resume {run_id}",
     )
+
+
+def _unfinished(home: Home, run: str) -> Record:
+    """The record of a run to go on with.
+
+    Raises:
+        RunError: it has ended well, and there is nothing to go on with.
+    """
+    record = find(home, run)
+    if record.summary is not None:
+        raise RunError(
+            f"expected a run that was cut short, found run {record.run_id} finished",
+            "medfed report shows it; medfed run starts another",
+        )
+    return record
+
+
+def _ending(control: Control, run_id: int, console: Console) -> Callable[[], bool]:
+    """What says whether a run has ended; of a SuperLink that is away it says no, for a while.
+
+    Raises:
+        SuperLinkError: when it is called and the SuperLink has been away for too long.
+    """
+    from superlink.errors import SuperLinkError
+
+    away_since: float | None = None
+
+    def is_over() -> bool:
+        nonlocal away_since
+        try:
+            over = control.run(run_id).finished
+        except SuperLinkError as error:
+            now = time.monotonic()
+            if away_since is None:
+                away_since = now
+                console.print(f"waiting for the SuperLink to come back: {error}")
+            if now - away_since > _AWAY_S:
+                raise
+            return False
+        away_since = None
+        return over
+
+    return is_over
 
 
 def default_config() -> dict[str, bool | float | int | str]:

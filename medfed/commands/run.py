@@ -19,6 +19,10 @@ def run(
     ca: Annotated[
         Path | None, typer.Option(help="The federation's CA certificate (default: our own).")
     ] = None,
+    resume: Annotated[
+        str,
+        typer.Option(metavar="RUN", help="Go on with a run that was cut short: its id, or last."),
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Submit the app, show its rounds live, print what came of it."""
@@ -33,5 +37,5 @@ def run(
     home = Home.from_environment()
     overrides = {**(demo_run.CONFIG if demo else {}), **parse_config_args(run_config)}
     with Control(superlink, ca or home.certs / "ca.crt") as control:
-        outcome = run_app(control, home, overrides, Console(stderr=True))
+        outcome = run_app(control, home, overrides, Console(stderr=True), resume=resume)
     demo_run.report(outcome, as_json)

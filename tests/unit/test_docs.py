@@ -41,7 +41,7 @@ def verbs(command=None, path=()):
 def test_every_setting_is_documented_with_default_and_range(key, expected):
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     default = flatten_dict(config)[key]
-    shown = str(default).lower() if isinstance(default, bool) else str(default)
+    shown = str(default).lower() if isinstance(default, bool) else str(default) or "nothing"
     assert f"| `{key}` | `{shown}` | {expected} |" in REFERENCE
 
 

@@ -1,0 +1,89 @@
+"""Who of those at work still lives: slow is not dead as long as its SuperNode gives signs of life.
+
+A SuperNode of medfed's sends its heartbeat every 3 s while it works on a message
+(``supernode/lifeline.py``). The SuperLink itself waits for 20 s to 60 s of silence before it calls
+a SuperNode offline, which a round need not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from app.institutions import Institutions, Sign
+
+LOOK_S = 2.0
+
+
+@dataclass
+class _Watched:
+    sign: Sign | None
+    silent_s: float = 0.0
+
+
+class Liveness:
+    """Watches institutions that were asked.
+
+    Args:
+        institutions: where signs of life come from; a simulation has none, so there nobody is
+            ever silent.
+        silence_s: seconds without a sign after which an institution counts as lost.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        institutions: Institutions,
+        silence_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._institutions = institutions
+        self._silence_s = silence_s
+        self._clock = clock
+        self._looked = clock()
+        self._watched: dict[str, _Watched] = {}
+
+    def watch(self, name: str) -> str:
+        """Begin anew to listen for a sign; when the institution has last connected."""
+        if not self._institutions.registered:
+            return ""
+        sign = self._institutions.signs().get(name)
+        self._watched[name] = _Watched(sign)
+        return sign.activated if sign else ""
+
+    def lost(self, names: Iterable[str], connected: dict[str, str]) -> dict[str, str]:
+        """Who of ``names`` is lost, and why; looks at most every ``LOOK_S``.
+
+        Args:
+            names: who is at work.
+            connected: institution → when it had last connected as it was asked. One that has
+                connected anew since has forgotten what it was asked.
+        """
+        now = self._clock()
+        elapsed = now - self._looked
+        if not self._institutions.registered or elapsed < LOOK_S:
+            return {}
+        self._looked = now
+        signs = self._institutions.signs()
+        found = {}
+        for name in names:
+            watched = self._watched.setdefault(name, _Watched(None))
+            sign = signs.get(name)
+            if sign is None:
+                found[name] = "its SuperNode is offline"
+                continue
+            if connected.get(name, sign.activated) != sign.activated:
+                found[name] = RESTARTED
+                continue
+            if watched.sign is None or sign.online_until != watched.sign.online_until:
+                watched.sign, watched.silent_s = sign, 0.0
+                continue
+            # If it was us who did not look (a machine that slept), nobody is to blame.
+            watched.silent_s += min(elapsed, 2 * LOOK_S)
+            if watched.silent_s >= self._silence_s:
+                found[name] = f"no sign of life for {watched.silent_s:.0f} s"
+        return found
+
+
+RESTARTED = "its SuperNode has connected anew, and forgotten what it was asked"
