@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from app.device import PeakMemory, precision_for
 from app.errors import AppError
 from app.fused import fused
-from app.packing import Pack, pack, packed_attention
+from app.packing import Family, KeysAndValues, Opening, Pack, pack, packed_attention
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,6 +46,10 @@ WEIGHT_DECAY = 0.0
 # Tokens in one forward pass: more are a little quicker and take more memory. For a CPU tried out
 # (`python -m benchmarks.training --micro-batch-tokens N`), for a GPU an estimate.
 MICRO_BATCH_TOKENS = {"cpu": 320, "cuda": 2048}
+
+# Tokens that sharing an opening has to save, for the pass over the opening costs time of its own:
+# that of reading every weight, or of launching every kernel. Estimates.
+PASS_TOKENS = {"cpu": 32, "cuda": 512}
 
 # Rows of logits alive at once; a row of SmolLM2's vocabulary is 192 KiB.
 LOGIT_ROWS = {"cpu": 64, "cuda": 512}
@@ -120,7 +124,6 @@ def train(
             "attach the adapter with app.model.attach_adapter",
         )
     device = parameters[0].device
-    most_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
     optimizer = torch.optim.AdamW(
         parameters,
         lr=learning_rate,
@@ -136,7 +139,7 @@ def train(
     with _ready(model, training=True) as network, _seeded(dropout_seed, device):
         for step in range(1, steps + 1):
             batch = [examples[index] for index in next(orders)]
-            loss = _backward(network, pack(batch, most_tokens, device))
+            loss = _backward(network, _laid_out(batch, micro_batch_tokens, device))
             norm = nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             if not (math.isfinite(loss) and torch.isfinite(norm)):
                 raise AppError(
@@ -170,10 +173,14 @@ def holdout_loss(
         AppError: no example has a labelled token, or the model is one that ``train`` refuses.
     """
     device = next(model.parameters()).device
-    packs = pack(examples, micro_batch_tokens or MICRO_BATCH_TOKENS[device.type], device)
-    labels = _count_labels(packs)
+    families = _laid_out(examples, micro_batch_tokens, device)
+    labels = _count_labels(families)
+    total = 0.0
     with torch.no_grad(), _ready(model, training=False) as network:
-        return sum(_summed_loss(network, one).item() for one in packs) / labels
+        for family in families:
+            shared = Opening(network, family.opening).keys_and_values
+            total += sum(_summed_loss(network, one, shared).item() for one in family.packs)
+    return total / labels
 
 
 def step_batches(count: int, cards_per_step: int, seed: int) -> Iterator[list[int]]:
@@ -236,19 +243,29 @@ def _check_head(network: PreTrainedModel) -> None:
             )
 
 
-def _backward(network: PreTrainedModel, packs: Sequence[Pack]) -> float:
-    """Add the gradient of the packs' mean loss to the parameters; return that loss."""
-    labels = _count_labels(packs)
+def _laid_out(
+    examples: Sequence[Example], micro_batch_tokens: int | None, device: torch.device
+) -> list[Family]:
+    most_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
+    return pack(examples, most_tokens, PASS_TOKENS[device.type], device)
+
+
+def _backward(network: PreTrainedModel, families: Sequence[Family]) -> float:
+    """Add the gradient of the families' mean loss to the parameters; return that loss."""
+    labels = _count_labels(families)
     total = 0.0
-    for one in packs:
-        loss = _summed_loss(network, one) / labels
-        torch.autograd.backward(loss)
-        total += loss.item()
+    for family in families:
+        opening = Opening(network, family.opening)
+        for one in family.packs:
+            loss = _summed_loss(network, one, opening.keys_and_values) / labels
+            torch.autograd.backward(loss)
+            total += loss.item()
+        opening.backward()
     return total
 
 
-def _count_labels(packs: Sequence[Pack]) -> int:
-    labels = sum(len(one.labels) for one in packs)
+def _count_labels(families: Sequence[Family]) -> int:
+    labels = sum(len(one.labels) for family in families for one in family.packs)
     if not labels:
         raise AppError(
             "expected cards with an answer to learn from, found only answers that were cut off",
@@ -257,13 +274,14 @@ def _count_labels(packs: Sequence[Pack]) -> int:
     return labels
 
 
-def _summed_loss(network: PreTrainedModel, one: Pack) -> Tensor:
+def _summed_loss(network: PreTrainedModel, one: Pack, opening: KeysAndValues) -> Tensor:
     hidden = (
         network.get_decoder()(
             input_ids=one.input_ids,
             position_ids=one.position_ids,
             use_cache=False,
             packed_lengths=one.lengths,
+            opening=opening,
         )
         .last_hidden_state[0]
         .index_select(0, one.predictors)
