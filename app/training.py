@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import nll_loss
 
 from app.device import PeakMemory, precision_for
 from app.errors import AppError
@@ -292,14 +292,16 @@ def _summed_loss(network: PreTrainedModel, one: Pack, opening: KeysAndValues) ->
         return loss
     rows = LOGIT_ROWS[hidden.device.type]
     chunks = zip(hidden.split(rows), one.labels.split(rows), strict=True)
-    return torch.stack([_chunk_loss(part, head, labels) for part, labels in chunks]).sum()
+    return torch.stack([_nll(_log_shares(head(part)), labels) for part, labels in chunks]).sum()
 
 
-def _chunk_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
-    logits = head(hidden)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return cross_entropy(logits, labels, reduction="sum").double()
+def _log_shares(logits: Tensor) -> Tensor:
+    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return wide.log_softmax(1)
+
+
+def _nll(log_shares: Tensor, labels: Tensor) -> Tensor:
+    return nll_loss(log_shares, labels, reduction="sum").double()
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -319,9 +321,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + rows)
             with torch.enable_grad():
                 part = hidden[chunk].detach().requires_grad_()
-                loss = _chunk_loss(part, head, labels[chunk])
-            (gradient[chunk],) = torch.autograd.grad(loss, part)
-            total += loss.detach()
+                logits = head(part)
+            shares = _log_shares(logits.detach())
+            total += _nll(shares, labels[chunk])
+            # In place: another chunk of logits, far larger than a cache, costs more than its sums.
+            slope = shares.exp_()
+            slope[torch.arange(len(slope), device=slope.device), labels[chunk]] -= 1
+            (gradient[chunk],) = torch.autograd.grad(logits, part, slope.to(logits.dtype))
         ctx.save_for_backward(gradient)
         return total
 
