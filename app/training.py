@@ -209,7 +209,10 @@ def _ready(model: PeftModel, *, training: bool) -> Iterator[PreTrainedModel]:
     device = next(model.parameters()).device
     precision = precision_for(device)
     mixed = torch.autocast(
-        device.type, dtype=precision.dtype, enabled=precision.dtype != torch.float32
+        device.type,
+        dtype=precision.dtype,
+        enabled=precision.dtype != torch.float32,
+        cache_enabled=False,  # it would hold the adapter as it was before the first step
     )
     model.train(training)
     try:
