@@ -1,10 +1,10 @@
-"""Three steps of a Llama's layer with fewer passes over memory: the same mathematics, on a CPU.
+"""Steps of a Llama's layer with fewer passes over memory: the same mathematics, on a CPU.
 
 Much of a training step on a CPU is not matrix products but what lies between them: normalising,
 rotating, gating. Written operation by operation, each reads and writes its activations many times
 and, where a tensor is cut in two, fills whole zero tensors on the way back. Here each is one
 function that knows its own derivative (RMSNorm 1910.07467, rotary embedding 2104.09864, SwiGLU
-2002.05202) and works in place.
+2002.05202) and works in place; LoRA's product (2106.09685) is added and scaled as it is computed.
 
 Used where the model's own classes are those of transformers' Llama family, on a CPU, in a precision
 that needs no casts; anything else runs as transformers has it.
@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -41,6 +42,8 @@ def fused(network: nn.Module) -> Iterator[None]:
 
 
 def _forward(module: Any) -> Callable[[Tensor], Tensor] | None:
+    if type(module) is Linear:
+        return _lora_forward(module)
     name = type(module).__name__
     if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         weight, epsilon, usual = module.weight, module.variance_epsilon, module.forward
@@ -59,6 +62,26 @@ def _forward(module: Any) -> Callable[[Tensor], Tensor] | None:
             gate(module.gate_proj(hidden), module.up_proj(hidden))
         )
     return None
+
+
+def _lora_forward(module: Linear) -> Callable[[Tensor], Tensor] | None:
+    """``base(x) + scaling * B(A(dropout(x)))``: the sum, the product and its scale in one pass."""
+    if module.merged or module.disable_adapters or len(module.active_adapters) != 1:
+        return None
+    [name] = module.active_adapters
+    base, narrow, wide = module.base_layer, module.lora_A[name], module.lora_B[name]
+    if name in module.lora_variant or wide.bias is not None:
+        return None
+    dropout, scaling, usual = module.lora_dropout[name], module.scaling[name], module.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        if hidden.dtype != wide.weight.dtype:
+            return usual(hidden)
+        rows = narrow(dropout(hidden)).flatten(0, -2)
+        grown = torch.addmm(base(hidden).flatten(0, -2), rows, wide.weight.t(), alpha=scaling)
+        return grown.unflatten(0, hidden.shape[:-1])
+
+    return forward
 
 
 def _rotary_homes(network: nn.Module) -> set[Any]:

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import nll_loss
 
 from app.device import PeakMemory, precision_for
 from app.errors import AppError
 from app.fused import fused
-from app.packing import Pack, pack, packed_attention
+from app.packing import Family, KeysAndValues, Opening, Pack, pack, packed_attention
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,6 +46,10 @@ WEIGHT_DECAY = 0.0
 # Tokens in one forward pass: more are a little quicker and take more memory. For a CPU tried out
 # (`python -m benchmarks.training --micro-batch-tokens N`), for a GPU an estimate.
 MICRO_BATCH_TOKENS = {"cpu": 320, "cuda": 2048}
+
+# Tokens that sharing an opening has to save, for the pass over the opening costs time of its own:
+# that of reading every weight, or of launching every kernel. Estimates.
+PASS_TOKENS = {"cpu": 32, "cuda": 512}
 
 # Rows of logits alive at once; a row of SmolLM2's vocabulary is 192 KiB.
 LOGIT_ROWS = {"cpu": 64, "cuda": 512}
@@ -120,7 +124,6 @@ def train(
             "attach the adapter with app.model.attach_adapter",
         )
     device = parameters[0].device
-    most_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
     optimizer = torch.optim.AdamW(
         parameters,
         lr=learning_rate,
@@ -136,7 +139,7 @@ def train(
     with _ready(model, training=True) as network, _seeded(dropout_seed, device):
         for step in range(1, steps + 1):
             batch = [examples[index] for index in next(orders)]
-            loss = _backward(network, pack(batch, most_tokens, device))
+            loss = _backward(network, _laid_out(batch, micro_batch_tokens, device))
             norm = nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             if not (math.isfinite(loss) and torch.isfinite(norm)):
                 raise AppError(
@@ -170,10 +173,14 @@ def holdout_loss(
         AppError: no example has a labelled token, or the model is one that ``train`` refuses.
     """
     device = next(model.parameters()).device
-    packs = pack(examples, micro_batch_tokens or MICRO_BATCH_TOKENS[device.type], device)
-    labels = _count_labels(packs)
+    families = _laid_out(examples, micro_batch_tokens, device)
+    labels = _count_labels(families)
+    total = 0.0
     with torch.no_grad(), _ready(model, training=False) as network:
-        return sum(_summed_loss(network, one).item() for one in packs) / labels
+        for family in families:
+            shared = Opening(network, family.opening).keys_and_values
+            total += sum(_summed_loss(network, one, shared).item() for one in family.packs)
+    return total / labels
 
 
 def step_batches(count: int, cards_per_step: int, seed: int) -> Iterator[list[int]]:
@@ -202,7 +209,10 @@ def _ready(model: PeftModel, *, training: bool) -> Iterator[PreTrainedModel]:
     device = next(model.parameters()).device
     precision = precision_for(device)
     mixed = torch.autocast(
-        device.type, dtype=precision.dtype, enabled=precision.dtype != torch.float32
+        device.type,
+        dtype=precision.dtype,
+        enabled=precision.dtype != torch.float32,
+        cache_enabled=False,  # it would hold the adapter as it was before the first step
     )
     model.train(training)
     try:
@@ -236,19 +246,29 @@ def _check_head(network: PreTrainedModel) -> None:
             )
 
 
-def _backward(network: PreTrainedModel, packs: Sequence[Pack]) -> float:
-    """Add the gradient of the packs' mean loss to the parameters; return that loss."""
-    labels = _count_labels(packs)
+def _laid_out(
+    examples: Sequence[Example], micro_batch_tokens: int | None, device: torch.device
+) -> list[Family]:
+    most_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
+    return pack(examples, most_tokens, PASS_TOKENS[device.type], device)
+
+
+def _backward(network: PreTrainedModel, families: Sequence[Family]) -> float:
+    """Add the gradient of the families' mean loss to the parameters; return that loss."""
+    labels = _count_labels(families)
     total = 0.0
-    for one in packs:
-        loss = _summed_loss(network, one) / labels
-        torch.autograd.backward(loss)
-        total += loss.item()
+    for family in families:
+        opening = Opening(network, family.opening)
+        for one in family.packs:
+            loss = _summed_loss(network, one, opening.keys_and_values) / labels
+            torch.autograd.backward(loss)
+            total += loss.item()
+        opening.backward()
     return total
 
 
-def _count_labels(packs: Sequence[Pack]) -> int:
-    labels = sum(len(one.labels) for one in packs)
+def _count_labels(families: Sequence[Family]) -> int:
+    labels = sum(len(one.labels) for family in families for one in family.packs)
     if not labels:
         raise AppError(
             "expected cards with an answer to learn from, found only answers that were cut off",
@@ -257,13 +277,14 @@ def _count_labels(packs: Sequence[Pack]) -> int:
     return labels
 
 
-def _summed_loss(network: PreTrainedModel, one: Pack) -> Tensor:
+def _summed_loss(network: PreTrainedModel, one: Pack, opening: KeysAndValues) -> Tensor:
     hidden = (
         network.get_decoder()(
             input_ids=one.input_ids,
             position_ids=one.position_ids,
             use_cache=False,
             packed_lengths=one.lengths,
+            opening=opening,
         )
         .last_hidden_state[0]
         .index_select(0, one.predictors)
@@ -274,14 +295,16 @@ def _summed_loss(network: PreTrainedModel, one: Pack) -> Tensor:
         return loss
     rows = LOGIT_ROWS[hidden.device.type]
     chunks = zip(hidden.split(rows), one.labels.split(rows), strict=True)
-    return torch.stack([_chunk_loss(part, head, labels) for part, labels in chunks]).sum()
+    return torch.stack([_nll(_log_shares(head(part)), labels) for part, labels in chunks]).sum()
 
 
-def _chunk_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
-    logits = head(hidden)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return cross_entropy(logits, labels, reduction="sum").double()
+def _log_shares(logits: Tensor) -> Tensor:
+    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return wide.log_softmax(1)
+
+
+def _nll(log_shares: Tensor, labels: Tensor) -> Tensor:
+    return nll_loss(log_shares, labels, reduction="sum").double()
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -301,9 +324,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + rows)
             with torch.enable_grad():
                 part = hidden[chunk].detach().requires_grad_()
-                loss = _chunk_loss(part, head, labels[chunk])
-            (gradient[chunk],) = torch.autograd.grad(loss, part)
-            total += loss.detach()
+                logits = head(part)
+            shares = _log_shares(logits.detach())
+            total += _nll(shares, labels[chunk])
+            # In place: another chunk of logits, far larger than a cache, costs more than its sums.
+            slope = shares.exp_()
+            slope[torch.arange(len(slope), device=slope.device), labels[chunk]] -= 1
+            (gradient[chunk],) = torch.autograd.grad(logits, part, slope.to(logits.dtype))
         ctx.save_for_backward(gradient)
         return total
 

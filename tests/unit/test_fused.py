@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.configuration_llama import LlamaConfig
 
@@ -64,6 +65,35 @@ def test_the_gate_is_transformers_gate():
     with fused(module):
         ours = module(hidden)
     same([ours], [theirs], [hidden])
+
+
+def adapted(**changes):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(24, 40)),
+        LoraConfig(r=4, lora_alpha=9, target_modules=["0"], init_lora_weights=False, **changes),
+    )
+    return model.double(), model.base_model.model[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_adapted_product_is_peft_s(dropout):
+    model, layer = adapted(lora_dropout=dropout)
+    hidden = double(2, 7, 24)
+    inputs = [hidden, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    torch.manual_seed(1)  # of the dropout
+    theirs = layer(hidden)
+    torch.manual_seed(1)
+    with fused(model):
+        assert "forward" in vars(layer)
+        ours = layer(hidden)
+    same([ours], [theirs], inputs)
+
+
+def test_an_adapter_of_another_kind_is_left_to_peft():
+    for model, layer in (adapted(use_dora=True), adapted(lora_bias=True)):
+        with fused(model):
+            assert "forward" not in vars(layer)
 
 
 def test_what_is_replaced_is_put_back():

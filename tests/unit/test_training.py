@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from app import training
 from app.cards import Example
+from app.device import Precision
 from app.errors import AppError
-from app.packing import PACKED_ATTENTION, labelled_tokens, pack
+from app.packing import PACKED_ATTENTION, _packed_attention, labelled_tokens, pack
 from app.training import holdout_loss, step_batches, train
 
 VOCABULARY = 61
@@ -40,7 +41,13 @@ def tiny_model(dtype=torch.float64, dropout=0.0, **changes):
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(LlamaForCausalLM(config), lora).to(dtype)
+    network = LlamaForCausalLM(config)
+    if dtype == torch.float64:  # transformers' norms round to float32, whatever the model is
+        for layer in network.model.layers:
+            layer.input_layernorm = torch.nn.RMSNorm(24, config.rms_norm_eps)
+            layer.post_attention_layernorm = torch.nn.RMSNorm(24, config.rms_norm_eps)
+        network.model.norm = torch.nn.RMSNorm(24, config.rms_norm_eps)
+    return get_peft_model(network, lora).to(dtype)
 
 
 DOUBLE = tiny_model()
@@ -81,17 +88,17 @@ def gradients(model):
     return found
 
 
-def packed_loss_and_gradients(model, examples, most_tokens):
+def packed_loss_and_gradients(model, examples, most_tokens, pass_tokens=0):
     with training._ready(model, training=True) as network:
-        loss = training._backward(network, pack(examples, most_tokens, CPU))
+        loss = training._backward(network, pack(examples, most_tokens, pass_tokens, CPU))
     return loss, gradients(model)
 
 
-def assert_same_as_padded(model, examples, most_tokens):
+def assert_same_as_padded(model, examples, most_tokens, pass_tokens=0):
     reference = padded_loss(model, examples)
     reference.backward()
     expected = gradients(model)
-    loss, found = packed_loss_and_gradients(model, examples, most_tokens)
+    loss, found = packed_loss_and_gradients(model, examples, most_tokens, pass_tokens)
     assert abs(loss - reference.item()) < 1e-9
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -118,6 +125,93 @@ def test_packs_give_the_loss_and_every_gradient_of_the_padded_batch(
         assert_same_as_padded(DOUBLE, examples, most_tokens)
 
 
+def alike(opening, *tails):
+    """Cards that begin with the same tokens; a tail is (question, answer), in tokens."""
+    return [
+        Example((*opening, *question, *answer), len(opening) + len(question))
+        for question, answer in tails
+    ]
+
+
+PLAIN = alike(
+    range(8), ([20, 21], [1, 2, 3]), ([22], [4]), ([23, 20, 5], [6, 7, 8, 9]), ([24], [3, 3])
+)
+EXAM = alike(range(30, 45), ([1, 2], [50]), ([3], [51]), ([4, 4, 4], [50]))
+
+
+@pytest.mark.parametrize(
+    ("examples", "openings"),
+    [
+        pytest.param(PLAIN, [8], id="one kind"),
+        pytest.param([card for pair in zip(PLAIN, EXAM, strict=False) for card in pair],
+                     [8, 15], id="two kinds, mixed"),
+        pytest.param(SOME_CARDS, [0], id="nothing in common"),
+        pytest.param([*PLAIN, SOME_CARDS[1]], [8, 0], id="a stranger among them"),
+        pytest.param(alike(range(9), *[((), [n, 5, n]) for n in range(4)]), [8],
+                     id="one prompt: its last token predicts"),
+        pytest.param(alike(range(9), ((), [9, 10, 11]), ((), range(9, 20)), ([9, 10], [11])), [8],
+                     id="a card that begins another"),
+        pytest.param([PLAIN[0]] * 3, [9], id="the same card"),
+        pytest.param([*PLAIN, Example(tuple(range(12)), 0)], [8, 0], id="no prompt"),
+        pytest.param(
+            alike(range(6), *[((7, *range(10, 20), n), [1, n]) for n in range(3)],
+                  *[((8, *range(20, 30), n), [n, 2]) for n in range(3)]),
+            [17, 17], id="kinds within a kind",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_cards_that_begin_alike_give_the_padded_batch_s_loss_and_gradients(
+    examples, openings, checkpointing
+):
+    families = pack(examples, 30, 0, CPU)
+    assert sorted(one.opening.shape[1] for one in families) == sorted(openings)
+    model = tiny_model()
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same_as_padded(model, examples, most_tokens=30)
+
+
+TOKEN = st.integers(0, 3)  # so few that cards begin alike by chance, to any depth
+TOKENS = st.lists(TOKEN, min_size=1, max_size=12)
+RANDOM_CARD = TOKENS.flatmap(
+    lambda ids: st.builds(Example, st.just(tuple(ids)), st.integers(0, len(ids)))
+)
+RANDOM_CARDS = st.lists(RANDOM_CARD, max_size=8)
+
+
+@given(examples=RANDOM_CARDS, most_tokens=st.integers(1, 40), pass_tokens=st.integers(0, 12))
+@settings(max_examples=25, deadline=None)
+def test_whatever_cards_share_the_loss_and_every_gradient_stay(examples, most_tokens, pass_tokens):
+    examples = [Example(tuple(range(9)), 3), *examples]
+    assert_same_as_padded(DOUBLE, examples, most_tokens, pass_tokens)
+
+
+@given(examples=RANDOM_CARDS, most_tokens=st.integers(1, 40), pass_tokens=st.integers(0, 12))
+def test_openings_and_packs_hold_every_card_and_save_what_they_cost(
+    examples, most_tokens, pass_tokens
+):
+    found, run, passes = [], 0, 0
+    for family in pack(examples, most_tokens, pass_tokens, CPU):
+        opening = family.opening[0].tolist()
+        run += len(opening)
+        passes += bool(opening)
+        for one in family.packs:
+            run += one.input_ids.shape[1]
+            alone = len(one.lengths) == 1
+            assert alone or len(opening) + one.input_ids.shape[1] <= most_tokens
+            for ids, positions in zip(
+                one.input_ids[0].split(one.lengths),
+                one.position_ids[0].split(one.lengths),
+                strict=True,
+            ):
+                found.append((*opening, *ids.tolist()))
+                assert positions.tolist() == list(range(len(opening), len(found[-1])))
+    labelled = [card.input_ids[:-1] for card in examples if labelled_tokens(card)]
+    assert sorted(found) == sorted(labelled)
+    assert run + passes * pass_tokens <= sum(map(len, labelled))
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     model = tiny_model()
     _, expected = packed_loss_and_gradients(model, SOME_CARDS, 40)
@@ -134,17 +228,19 @@ def test_a_card_s_neighbours_in_a_pack_do_not_change_its_loss():
     assert abs(sum(alone) - together) < 1e-9
 
 
-def test_the_held_out_loss_is_the_padded_loss_and_leaves_no_gradient():
+@pytest.mark.parametrize("examples", [SOME_CARDS, PLAIN * 4 + EXAM * 4], ids=["strangers", "alike"])
+def test_the_held_out_loss_is_the_padded_loss_and_leaves_no_gradient(examples):
     model = tiny_model(dropout=0.5)
-    expected = padded_loss(model.eval(), SOME_CARDS).item()
+    expected = padded_loss(model.eval(), examples).item()
     model.train()
-    assert abs(holdout_loss(model, SOME_CARDS) - expected) < 1e-9
+    assert abs(holdout_loss(model, examples) - expected) < 1e-9
     assert model.training, "the mode is given back"
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_packs_hold_every_labelled_card_once_and_no_more_tokens_than_asked():
-    packs = pack(SOME_CARDS, 35, CPU)
+    [family] = pack(SOME_CARDS, 35, 0, CPU)
+    packs = family.packs
     lengths = sorted(length for one in packs for length in one.lengths)
     assert lengths == sorted(len(card.input_ids) - 1 for card in SOME_CARDS)
     assert all(one.input_ids.shape[1] <= 35 for one in packs)
@@ -152,8 +248,8 @@ def test_packs_hold_every_labelled_card_once_and_no_more_tokens_than_asked():
 
 
 def test_a_card_longer_than_a_pack_goes_alone_and_one_without_an_answer_stays_out():
-    packs = pack(cards([30, 9, 8], [3, 9, 2]), 10, CPU)
-    assert [one.lengths for one in packs] == [(29,), (7,)]
+    [family] = pack(cards([30, 9, 8], [3, 9, 2]), 10, 0, CPU)
+    assert [one.lengths for one in family.packs] == [(29,), (7,)]
 
 
 def hugging_face_trainer(model, examples, folder, *, steps, batch_size, accumulation, rate, seed):
@@ -200,9 +296,15 @@ def hugging_face_trainer(model, examples, folder, *, steps, batch_size, accumula
     )
 
 
+ODD_LAST_BATCH = cards([9, 30, 14, 22, 5, 17, 12], [4, 11, 6, 20, 2, 3, 1])
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_training_follows_hugging_face_s_trainer_step_by_step(tmp_path, accumulation):
-    examples = cards([9, 30, 14, 22, 5, 17, 12], [4, 11, 6, 20, 2, 3, 1])  # an odd last batch
+@pytest.mark.parametrize("examples", [ODD_LAST_BATCH, PLAIN + EXAM], ids=["strangers", "alike"])
+def test_training_follows_hugging_face_s_trainer_step_by_step(
+    tmp_path, monkeypatch, accumulation, examples
+):
+    monkeypatch.setattr(training, "PASS_TOKENS", {"cpu": 0})
     stock, ours = tiny_model(torch.float32), tiny_model(torch.float32)
     choices = {"steps": 6, "batch_size": 2}
     trainer = hugging_face_trainer(
@@ -282,6 +384,15 @@ def test_training_leaves_the_caller_s_random_numbers_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_half_precision_learns_as_fast_as_float32(monkeypatch):
+    choices = {"steps": 6, "batch_size": 6, "learning_rate": 3e-2}
+    expected = run(tiny_model(torch.float32), **choices).step_losses
+    half = Precision(torch.bfloat16, "as on a GPU")
+    monkeypatch.setattr(training, "precision_for", lambda device: half)
+    found = run(tiny_model(torch.float32), **choices).step_losses
+    assert found == pytest.approx(expected, rel=0.03)
+
+
 def test_only_the_adapter_changes():
     model = tiny_model(torch.float32)
     before = {name: value.clone() for name, value in model.named_parameters()}
@@ -346,3 +457,13 @@ def test_a_head_that_is_more_than_a_linear_map_is_refused():
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(AppError, match="found final_logit_softcapping"):
         run(model)
+
+
+def test_the_attention_window_counts_the_opening_too():
+    layer = torch.nn.Module()
+    query, key, value = torch.zeros(3, 1, 2, 4, 8)
+    opening = {layer: (key[:, :, :3], value[:, :, :3])}
+    choices = {"packed_lengths": (4,), "opening": opening}
+    _packed_attention(layer, query, key, value, None, sliding_window=7, **choices)
+    with pytest.raises(AppError, match="window of 6 tokens, found one of 7"):
+        _packed_attention(layer, query, key, value, None, sliding_window=6, **choices)
