@@ -101,7 +101,8 @@ def approve(
     """Let a FAB run here from the SuperNode's next start on."""
     from supernode.gate import review as reviewing
 
-    sites, content = [_find(one) for one in where or [None]], _content(fab)
+    sites = [_find(one) for one in where] if where else [_find(None)]
+    content = _content(fab)
     reviewing.unpack(content, fab)
     sha256 = hashlib.sha256(content).hexdigest()
     if not by.strip():

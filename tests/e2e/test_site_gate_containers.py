@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compose_project import COORDINATOR, NAMES, ROOT, ComposeProject, until
+from compose_project import COORDINATOR, GATED, NAMES, ROOT, ComposeProject, until
 from flwr.cli.build import build_fab_from_disk
 
 from superlink.control import Control
@@ -28,7 +28,6 @@ pytestmark = pytest.mark.containers
 SITES = NAMES[3:5]
 FIRST, SECOND = SITES
 UNDECIDED = NAMES[5]
-MIX_IN = ("--file", "docker-compose.yml", "--file", "docker-compose.gate.yml")
 AT_BOTH = tuple(option for name in SITES for option in ("--site", name))
 LOG = "/audit/log.jsonl"
 
@@ -55,13 +54,14 @@ class Gated:
 
     def run(self, fab: bytes, **config: str) -> list[dict[str, Any]]:
         """Run the app to its end; what its ServerApp was told, round by round and by name."""
-        config |= {"out": f"/tmp/out-{time.monotonic_ns()}.json", "names": " ".join(SITES)}
+        out = f"/tmp/out-{time.monotonic_ns()}.json"  # noqa: S108  (the SuperLink's container's)
+        config |= {"out": out, "names": " ".join(SITES)}
         with Control(f"127.0.0.1:{self.project.port}", self.ca) as control:
             run = control.start_run(fab, config)
             until(lambda: control.run(run).finished, 120, lambda: self.said(FIRST))
             found = control.run(run)
             assert found.status == "completed", "".join(control.logs(run)) + found.details
-        told = self.project.python("superlink", f"print(open('{config['out']}').read())")
+        told = self.project.python("superlink", f"print(open({out!r}).read())")
         rounds: list[dict[str, Any]] = json.loads(told)
         return rounds
 
@@ -79,7 +79,7 @@ class Gated:
     def begin_anew(self, name: str) -> None:
         """Replace a SuperNode's container, as an update of its image does."""
         recreate = ("up", "--detach", "--no-deps", "--force-recreate", name)
-        self.project.compose(*MIX_IN, *recreate)
+        self.project.compose(*GATED, *recreate)
         healthy(self.project, name)
 
 
@@ -87,7 +87,7 @@ def decide(
     project: ComposeProject, *arguments: str, fab: Path | None = None, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
     mount = () if fab is None else ("--volume", f"{fab}:/app.fab:ro")
-    return project.compose(*MIX_IN, "run", "--rm", "-T", *mount, "site", *arguments, check=check)
+    return project.compose(*GATED, "run", "--rm", "-T", *mount, "site", *arguments, check=check)
 
 
 def healthy(project: ComposeProject, *services: str) -> None:
@@ -106,7 +106,7 @@ def gated(provisioned: ComposeProject, tmp_path_factory: pytest.TempPathFactory)
     fab.chmod(0o644)
     decide(project, "init", *SITES, "--parameters", str(SIZE))
     decide(project, "approve", "/app.fab", "--by", "Dr. A", *AT_BOTH, fab=fab)
-    project.compose(*MIX_IN, "up", "--detach", *COORDINATOR, *SITES)
+    project.compose(*GATED, "up", "--detach", *COORDINATOR, *SITES)
     healthy(project, *COORDINATOR, *SITES)
     ca = folder / "ca.crt"
     ca.write_text(project.python("superlink", "print(open('/medfed/certs/ca.crt').read())"))
@@ -185,7 +185,7 @@ def test_no_other_fab_runs_not_even_one_that_differs_in_a_byte(
 
 def test_a_supernode_without_a_policy_does_not_start(gated: Gated) -> None:
     start = ("run", "--rm", "-T", "--no-deps", UNDECIDED)
-    done = gated.project.compose(*MIX_IN, *start, check=False, timeout=60)
+    done = gated.project.compose(*GATED, *start, check=False, timeout=60)
     assert done.returncode == 1
     assert "expected this hospital's policy at /gate/policy.toml, found no such file" in (
         done.stdout + done.stderr
