@@ -267,3 +267,13 @@ def test_what_one_hospital_approves_later_runs_there_from_its_next_start_on(
 def test_the_federations_own_app_is_the_same_fab_in_the_image_and_here(gated: Gated) -> None:
     told = gated.site("review", ".", "--site", SECOND).stdout
     assert hashlib.sha256(build_fab_from_disk(ROOT)).hexdigest() in told
+
+
+def test_a_gate_and_a_slice_of_a_gpu_go_together(project: ComposeProject) -> None:
+    files = ("docker-compose.yml", "docker-compose.gpu.yml", "docker-compose.gate.yml")
+    services = project.config(*files)["services"]
+    for name in NAMES:
+        service = services[name]
+        assert service["command"][-1] == "--gpu"
+        assert service["entrypoint"][-2:] == ["--site=/gate", "--audit=/audit"]
+        assert {"/site", "/gate", "/audit"} < {mount["target"] for mount in service["volumes"]}
