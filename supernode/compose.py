@@ -19,7 +19,7 @@ from pathlib import Path
 from .errors import SuperNodeError
 from .roster import Roster, SuperNodeEntry
 
-FILES = ("docker-compose.yml", "docker-compose.gpu.yml")
+FILES = ("docker-compose.yml", "docker-compose.gpu.yml", "docker-compose.gate.yml")
 
 _BEGIN, _END = "# rendered: ", "# end"
 _MOST_NETWORKS = 250
@@ -165,6 +165,25 @@ def _gpu_slices(roster: Roster) -> Iterator[str]:
         yield f"            device_ids: ['{entry.gpu.device}']"
 
 
+def _gated(roster: Roster) -> Iterator[str]:
+    for name in roster.names:
+        yield f"{name}:"
+        yield "  entrypoint: *gated"
+        yield f"  volumes: ['{name}-gate:/gate:ro', '{name}-audit:/audit']"
+
+
+def _gate_sites(roster: Roster) -> Iterator[str]:
+    for name in roster.names:
+        yield f"- {name}-gate:/medfed/sites/{name}"
+        yield f"- {name}-audit:/medfed/sites/{name}/audit:ro"
+
+
+def _gate_volumes(roster: Roster) -> Iterator[str]:
+    for name in roster.names:
+        yield f"{name}-gate:"
+        yield f"{name}-audit:"
+
+
 def _command(entry: SuperNodeEntry, *more: str) -> str:
     return f"[{', '.join(('--name', entry.name, f'--key=/site/{entry.name}.key', *more))}]"
 
@@ -178,4 +197,7 @@ _BLOCKS: dict[str, Callable[[Roster], Iterator[str]]] = {
     "volumes": _volumes,
     "supernodes": _supernodes,
     "gpu-slices": _gpu_slices,
+    "gated": _gated,
+    "gate-sites": _gate_sites,
+    "gate-volumes": _gate_volumes,
 }

@@ -213,17 +213,17 @@ def _gateway(place: Stand, superlink: int) -> Iterator[None]:
     with place.log.open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(__file__).parents[1])
     try:
-        until(lambda: _listens(place, process), place.tail)
+        until(lambda: _answers(place, process), place.tail)
         yield
     finally:
         process.terminate()
         process.wait(20)
 
 
-def _listens(place: Stand, process: subprocess.Popen[bytes]) -> bool:
+def _answers(place: Stand, process: subprocess.Popen[bytes]) -> bool:
+    """Whether nginx itself answers: `nginx -t`, which the gateway runs first, listens too."""
     assert process.poll() is None, place.tail()
     try:
-        socket.create_connection(("127.0.0.1", place.ports["fleet"]), timeout=1).close()
+        return place.ask("fleet", "/").status == 403
     except OSError:
         return False
-    return True

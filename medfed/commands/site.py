@@ -36,7 +36,10 @@ class SiteError(MedfedError):
 
 @app.command()
 def init(
-    name: Annotated[str, typer.Argument(help="The SuperNode's name, or the folder to make.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(help="The SuperNode's name, or the folder to make.", metavar="NAME"),
+    ],
     parameters: Annotated[
         int | None, typer.Option(min=1, help="Numbers in the agreed adapter (default: 460800).")
     ] = None,
@@ -44,10 +47,11 @@ def init(
     """Write a strict policy that approves nothing yet. An existing one is left alone."""
     from supernode.gate import policy
 
-    site = _site_of(name)
-    policy.create(site.policy, site.folder.name, parameters or policy.REFERENCE_PARAMETERS)
-    print(f"wrote {site.policy}")
-    print(f"next: medfed site review FAB --site {name}, medfed site approve FAB --by YOU")
+    for name in names:
+        site = _site_of(name)
+        policy.create(site.policy, site.folder.name, parameters or policy.REFERENCE_PARAMETERS)
+        print(f"wrote {site.policy}")
+    print(f"next: medfed site review FAB --site {names[0]}, medfed site approve FAB --by YOU")
 
 
 @app.command()
@@ -88,21 +92,28 @@ def review(
 def approve(
     fab: Fab,
     by: Annotated[str, typer.Option(help="Who approves it.")],
-    where: Where = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option("--site", help="The site's name or folder; may be given for each of several."),
+    ] = None,
     note: Annotated[str, typer.Option(help="Why, or what was looked at.")] = "",
 ) -> None:
     """Let a FAB run here from the SuperNode's next start on."""
     from supernode.gate import review as reviewing
 
-    site, content = _find(where), _content(fab)
+    sites = [_find(one) for one in where] if where else [_find(None)]
+    content = _content(fab)
     reviewing.unpack(content, fab)
     sha256 = hashlib.sha256(content).hexdigest()
     if not by.strip():
         raise SiteError("expected who approves it, found an empty --by", "--by 'Dr. A. Example'")
-    if site.approve(content, by.strip(), note) is None:
-        print(f"{sha256} was approved before; nothing changed")
-    else:
-        print(f"approved {sha256} in {site.policy}; it holds from the SuperNode's next start on")
+    for site in sites:
+        if site.approve(content, by.strip(), note) is None:
+            print(f"{sha256} was approved before in {site.policy}; nothing changed")
+        else:
+            print(
+                f"approved {sha256} in {site.policy}; it holds from the SuperNode's next start on"
+            )
 
 
 @app.command()

@@ -109,8 +109,15 @@ def follow(connection: socket.socket, pid: int) -> int:
             with contextlib.suppress(ProcessLookupError):  # its status is on the connection
                 signal.pidfd_send_signal(process, number)
 
+    # Python runs a handler between two of its steps: one that arrives on the way into a blocking
+    # call would wait for the call's end. This descriptor is written to at once.
+    woken, wake = os.pipe()
+    for end in (woken, wake):
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     for number in _RELAYED:
         signal.signal(number, relay)
+    wait_for(connection.fileno(), woken)
     try:
         answer = receive(connection)
     except ConnectionError:
@@ -120,10 +127,17 @@ def follow(connection: socket.socket, pid: int) -> int:
         return end_like(status)
     say(f"{NAME}: the warm process ended; process {pid} goes on and its exit status is unknown")
     if process >= 0:
-        poll = select.poll()
-        poll.register(process, select.POLLIN)
-        poll.poll()
+        wait_for(process, woken)
     return 1
+
+
+def wait_for(descriptor: int, woken: int) -> None:
+    """Return when ``descriptor`` can be read; ``woken`` is what signals are written to."""
+    poll = select.poll()
+    for one in (descriptor, woken):
+        poll.register(one, select.POLLIN)
+    while descriptor not in dict(poll.poll()):
+        os.read(woken, 64)
 
 
 def end_like(status: int) -> int:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = roster.load().names
 COORDINATOR = ("superlink", "gateway", "operator")
 FEDERATION = (*COORDINATOR, *NAMES)
+GATED = ("--file", "docker-compose.yml", "--file", "docker-compose.gate.yml")
 ONLINE_WITHIN_S = 120.0
 PREFIX = "medfed-e2e-"  # .ci/run removes what a killed test session left behind by it
 
@@ -125,9 +126,9 @@ class ComposeProject:
 
     def remove(self) -> None:
         """Remove containers, networks and volumes of this project, and nothing else."""
-        self.compose(
-            "down", "--volumes", "--remove-orphans", "--timeout", "10", timeout=300, check=False
-        )
+        # With the gates' file, whose volumes are gone too then.
+        down = ("down", "--volumes", "--remove-orphans", "--timeout", "10")
+        self.compose(*GATED, *down, timeout=300, check=False)
         self.client.close()
 
 

@@ -1,7 +1,7 @@
 """A site gate in a real federation: what its policy does not allow never reaches the SuperLink.
 
-Two gated SuperNodes, a real SuperLink, TLS. An app that the hospitals approved does as it is told,
-also what no reviewer should have let through: the gate must hold all the same.
+Two gated SuperNodes, a real SuperLink, TLS. The hospitals have approved an app that does as it is
+told (gated_app.py): the gate must hold all the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.cli.build import build_fab_from_disk
 
 import certs
 import certs.files
@@ -37,146 +36,13 @@ from superlink.errors import SuperLinkError
 from supernode import roster
 from supernode.gate import audit, policy
 from supernode.gate.site import Site
-from tests.e2e.warm_federation import PYPROJECT, ROOT
+from tests.e2e.gated_app import GOOD, REFUSED, SIZE, STRANGER, altered, write_app
+from tests.e2e.warm_federation import ROOT
 
 pytestmark = pytest.mark.processes
 
 NAMES = ("supernode-00", "supernode-01")
-SIZE = 2000
 SECRET = "Patient 4711 has a rare disease"
-
-CONFIG = """
-[tool.flwr.app.config]
-steps = "good"
-kind = "train"
-out = ""
-"""
-
-SERVER = """
-import json
-from pathlib import Path
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.serverapp import ServerApp
-from app import polling
-
-app = ServerApp()
-
-@app.main()
-def main(grid, context):
-    out = Path(context.run_config["out"])
-    nodes = sorted(grid.get_nodes(), key=lambda node: node.name)
-    rounds = []
-    for number, step in enumerate(context.run_config["steps"].split()):
-        array = ArrayRecord({"adapter": Array(np.zeros(8, dtype=np.float32))})
-        messages = [
-            Message(
-                RecordDict({"arrays": array, "ask": ConfigRecord({"step": step})}),
-                dst_node_id=node.node_id,
-                message_type=context.run_config["kind"],
-                group_id=str(number),
-            )
-            for node in nodes
-        ]
-        names = {node.node_id: node.name for node in nodes}
-        told = {}
-        for reply in polling.replies(grid, messages, 120.0):
-            name = names.get(reply.metadata.src_node_id, "the SuperLink")
-            if reply.has_error():
-                told[name] = {"error": reply.error.reason}
-            else:
-                told[name] = {
-                    "records": sorted(reply.content),
-                    "numbers": {
-                        key: value
-                        for kind in (reply.content.metric_records, reply.content.config_records)
-                        for record in kind.values()
-                        for key, value in record.items()
-                    },
-                    "sum": float(sum(
-                        array.numpy().sum()
-                        for record in reply.content.array_records.values()
-                        for array in record.values()
-                    )),
-                }
-        rounds.append(told)
-        out.write_text(json.dumps(rounds))
-"""
-
-CLIENT = f"""
-import json, time
-from pathlib import Path
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
-
-app = ClientApp()
-SIZE = {SIZE}
-
-@app.query()
-def identify(message, context):
-    identity = ConfigRecord({{"partition-id": int(context.node_config["partition-id"])}})
-    return Message(RecordDict({{"identity": identity}}), reply_to=message)
-
-@app.train()
-def train(message, context):
-    rows = Path(context.node_config["data-path"], "train.jsonl").read_text()
-    record = json.loads(rows)["output"]
-    step = message.content["ask"]["step"]
-    if context.node_config["name"] == "supernode-01":
-        step = "good"
-    if step.startswith("wait:"):
-        waiting = Path(step.removeprefix("wait:"))
-        waiting.touch()
-        while waiting.exists():
-            time.sleep(0.1)
-    if step == "raise":
-        raise ValueError("cannot read " + record)
-    values = np.full(SIZE, 0.5, dtype=np.float32)
-    if step == "nan":
-        values[7] = np.nan
-    if step == "infinite":
-        values[7] = np.inf
-    if step == "norm":
-        values *= 1e6
-    if step == "oversized":
-        values = np.zeros(1_000_000, dtype=np.float32)
-    if step == "shape":
-        values = values.reshape(2, -1)
-    if step == "dtype":
-        values = values.astype(np.float64)
-    if step == "rows":
-        values = np.frombuffer(record.encode().ljust(4 * 40), dtype=np.int32)
-    arrays = {{"adapter": Array(np.ascontiguousarray(values))}}
-    if step == "array":
-        arrays["more"] = Array(np.zeros(3, dtype=np.float32))
-    content = RecordDict({{"arrays": ArrayRecord(arrays)}})
-    content["metrics"] = MetricRecord({{"num-examples": 3, "train-loss": 0.25}})
-    if step == "metric":
-        content["metrics"] = MetricRecord({{record: 1}})
-    if step == "text":
-        content["metrics"] = ConfigRecord({{"train-loss": record}})
-    if step == "record":
-        content["rows"] = ConfigRecord({{"row": record}})
-    if step == "list":
-        content["metrics"] = MetricRecord({{"train-loss": [ord(letter) for letter in record]}})
-    return Message(content, reply_to=message)
-"""
-
-REFUSED = {
-    "array": "found 1 others",
-    "record": "found 1 others",
-    "text": "kind MetricRecord, found ConfigRecord",
-    "metric": "only metrics that the policy names",
-    "list": "expected one number as train-loss",
-    "rows": "expected an adapter of float32",
-    "dtype": "expected an adapter of float32, found float64",
-    "shape": f"expected an adapter of {SIZE} numbers in one row",
-    "nan": "finite numbers",
-    "infinite": "finite numbers",
-    "norm": "of norm 1000 at most",
-    "oversized": "expected at most",
-}
 
 
 def free_port() -> int:
@@ -196,20 +62,6 @@ def until(what: Callable[[], bool], deadline_s: float, message: Callable[[], str
     while not what():
         assert time.monotonic() < end, message()
         time.sleep(0.1)
-
-
-def write_app(folder: Path, note: str = "") -> bytes:
-    """Write the app; its FAB."""
-    package = folder / "app"
-    package.mkdir(parents=True)
-    head, _ = PYPROJECT.split("[tool.flwr.app.config]")
-    (folder / "pyproject.toml").write_text(head + CONFIG)
-    (folder / "LICENSE").write_text("Apache-2.0\n")
-    (package / "__init__.py").write_text(note)
-    (package / "server_app.py").write_text(SERVER)
-    (package / "client_app.py").write_text(CLIENT)
-    (package / "polling.py").write_text((ROOT / "app" / "polling.py").read_text())
-    return build_fab_from_disk(folder)
 
 
 class Gated:
@@ -240,7 +92,9 @@ class Gated:
     def start(self, fab: bytes, **config: str) -> tuple[int, Path]:
         out = self.home.root / f"out-{time.monotonic_ns()}.json"
         with self.control() as control:
-            return control.start_run(fab, {"out": str(out), **config}), out
+            return control.start_run(
+                fab, {"out": str(out), "names": " ".join(NAMES), **config}
+            ), out
 
     def run(self, fab: bytes, **config: str) -> list[dict[str, Any]]:
         """Run the app to its end; what its ServerApp was told, round by round and by name."""
@@ -278,13 +132,6 @@ def rounds(gated: Gated) -> dict[str, dict[str, Any]]:
     """One run: a round for each thing that supernode-00 tries, good ones around them."""
     steps = ["good", *REFUSED, "raise", "last"]
     return dict(zip(steps, gated.run(gated.fab, steps=" ".join(steps)), strict=True))
-
-
-GOOD = {
-    "records": ["arrays", "metrics"],
-    "numbers": {"num-examples": 3, "train-loss": 0.25},
-    "sum": SIZE / 2,
-}
 
 
 def test_status_shows_the_gate(gated):
@@ -342,20 +189,10 @@ def test_every_message_and_decision_is_in_the_log(gated, rounds):
     assert released["bytes-in"] > 8 * 4
 
 
-def unapproved(gated: Gated, tmp_path: Path) -> bytes:
-    return write_app(tmp_path / "small", note="# one comment more\n")
-
-
-def altered(gated: Gated, tmp_path: Path) -> bytes:
-    """The time of the first file in the archive: not even its code is another one."""
-    fab = bytearray(gated.fab)
-    fab[10] ^= 1
-    return bytes(fab)
-
-
-@pytest.mark.parametrize("other", [unapproved, altered])
+@pytest.mark.parametrize("other", ["unapproved", "altered by a byte"])
 def test_no_other_fab_runs_not_even_one_that_differs_in_a_byte(gated, tmp_path, other):
-    fab = other(gated, tmp_path)
+    stranger = write_app(tmp_path / "small", STRANGER)
+    fab = stranger if other == "unapproved" else altered(gated.fab)
     assert fab != gated.fab
     before = set((gated.home.supernodes / NAMES[0] / "flwr").rglob("*.py"))
     (told,) = gated.run(fab, steps="good")
@@ -369,7 +206,7 @@ def test_no_other_fab_runs_not_even_one_that_differs_in_a_byte(gated, tmp_path, 
 
 
 def test_what_was_approved_later_runs_after_a_restart_and_the_log_goes_on(gated, tmp_path):
-    fab = unapproved(gated, tmp_path)
+    fab = write_app(tmp_path / "small", STRANGER)
     for name in NAMES:
         assert gated.site(name).approve(fab, "Dr. B", "") is not None
     before = gated.audited("supernode-00")

@@ -20,11 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 ONE_SHOTS = {"provision", "register", "demo"}
 
 
+def services_of(file: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))["services"]
+    return found
+
+
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
-    document = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
-    found: dict[str, Any] = document["services"]
-    return found
+    return services_of("docker-compose.yml")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,8 @@ def test_there_is_one_service_and_one_volume_for_each_supernode(
 
 
 def test_every_service_is_hardened(services: dict[str, Any]) -> None:
-    for name, service in services.items():
+    desk = services_of("docker-compose.gate.yml")["site"]
+    for name, service in (services | {"site": desk}).items():
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert service["read_only"] is True, name
@@ -146,18 +150,44 @@ def test_builds_see_no_keys_and_no_data() -> None:
 
 def test_gpu_slices_are_only_in_the_mix_in(services: dict[str, Any]) -> None:
     assert not any("deploy" in service for service in services.values())
-    document = yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text(encoding="utf-8"))
+    sliced = services_of("docker-compose.gpu.yml")
     for entry in load().supernodes:
         assert entry.gpu is not None
-        service = document["services"][entry.name]
+        service = sliced[entry.name]
         (device,) = service["deploy"]["resources"]["reservations"]["devices"]
         assert device["device_ids"] == [entry.gpu.device]
         assert service["command"] == [*services[entry.name]["command"], "--gpu"]
 
 
+def test_a_gate_is_added_to_a_supernode_and_nothing_is_taken_away(
+    services: dict[str, Any],
+) -> None:
+    gated = services_of("docker-compose.gate.yml")
+    assert set(gated) == {"site", *load().names}
+    for name in load().names:
+        assert set(gated[name]) == {"entrypoint", "volumes"}, "--gpu comes with another command"
+        own = services[name]["entrypoint"]
+        assert gated[name]["entrypoint"] == [*own, "--site=/gate", "--audit=/audit"]
+        assert mounts(gated[name]) == {f"{name}-gate": "/gate:ro", f"{name}-audit": "/audit"}
+
+
+def test_where_hospitals_decide_there_are_their_policies_and_logs_and_no_network() -> None:
+    desk = services_of("docker-compose.gate.yml")["site"]
+    assert desk["network_mode"] == "none"
+    assert desk["profiles"], "`docker compose up` decides nothing"
+    expected = {}
+    for name in load().names:
+        expected[f"{name}-gate"] = f"/medfed/sites/{name}"
+        expected[f"{name}-audit"] = f"/medfed/sites/{name}/audit:ro"
+    assert mounts(desk) == expected
+
+
 entries = st.builds(
     SuperNodeEntry,
-    name=st.from_regex(r"[a-z][a-z0-9]{0,8}", fullmatch=True),
+    # Not `no` or `on`: this reader of YAML 1.1 takes them for truth values, Compose does not.
+    name=st.from_regex(r"[a-z][a-z0-9]{0,8}", fullmatch=True).filter(
+        lambda name: yaml.safe_load(name) == name
+    ),
     partition=st.integers(0, 99),
     cpus=st.floats(0.05, 64).map(lambda cpus: round(cpus, 2)),
     gpu=st.none() | st.builds(GpuSlice, device=st.sampled_from(["0", "MIG-a1"]), memory=st.just(1)),
@@ -181,8 +211,10 @@ def test_any_roster_renders_to_valid_yaml_and_rendering_again_changes_nothing(
                 assert found[entry.name]["cpus"] == entry.cpus
                 assert entry.name in found["demo"]["depends_on"]
                 assert f"{entry.name}:/sites/{entry.name}" in found["provision"]["volumes"]
-            else:
+            elif name == "docker-compose.gpu.yml":
                 assert (entry.name in found) == (entry.gpu is not None)
+            else:
+                assert f"{entry.name}-gate:/gate:ro" in found[entry.name]["volumes"]
 
 
 def test_institutions_reach_the_superlink_in_one_line() -> None:

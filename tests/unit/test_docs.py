@@ -63,3 +63,20 @@ def test_every_environment_variable_that_we_read_is_documented():
 def test_every_relative_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_test_that_a_page_names_exists():
+    """A name that ends in … is the beginning of one."""
+    files = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    tests = {name for text in files for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    named = {name for page in pages for name in re.findall(r"`(test_\w+…?)`", page.read_text())}
+    assert named
+    missing = {
+        name
+        for name in named
+        if not (
+            any(test.startswith(name[:-1]) for test in tests) if name[-1] == "…" else name in tests
+        )
+    }
+    assert not missing

@@ -83,6 +83,15 @@ def test_approving_twice_changes_nothing(site, home):
     assert (site / "policy.toml").read_bytes() == before
 
 
+def test_who_is_several_hospitals_may_decide_for_each_by_name(home):
+    names = ("supernode-00", "supernode-01", "supernode-02")
+    medfed("init", *names)
+    fab = fab_file(home, "1.fab", {})
+    medfed("approve", fab, "--by", "Dr. A", "--site", names[0], "--site", names[1])
+    approved = [len(policy.load(home / "sites" / name / "policy.toml").approvals) for name in names]
+    assert approved == [1, 1, 0]
+
+
 def test_the_folder_of_an_app_stands_for_its_fab(site, tmp_path):
     from flwr.cli.build import build_fab_from_disk
 

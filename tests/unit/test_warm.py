@@ -68,7 +68,8 @@ def flwr_clientapp():
             sys.exit(3)
         signal.signal(signal.SIGTERM, stop)
         print(os.getpid(), flush=True)
-        time.sleep(60)
+        while True:
+            time.sleep(0.1)  # a signal on the way into a longer sleep would wait for its end
 """
 
 

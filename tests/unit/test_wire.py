@@ -85,7 +85,8 @@ def test_the_meter_counts_what_crossed_handshake_and_records_included(server, me
             got += len(connection.recv(65536))
         open_total = meter.total()
         connection.unwrap()
-        relay.join(10)
+    relay.join(10)
+    assert not relay.is_alive()
     closed = meter.total()
     assert open_total.sent > 100_000
     assert open_total.received > 100_000
