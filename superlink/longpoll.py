@@ -1,4 +1,4 @@
-"""Hold a question open until there is an answer. The only file here that reaches into Flower.
+"""Hold a question open until there is an answer.
 
 A SuperNode asks the SuperLink for messages, a ServerApp for replies, SuperExec for runs to start.
 Stock Flower 1.41 answers "nothing yet" at once, so all of them choose between late (3 s polls) and
@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ from flwr.proto.runtime_pb2 import (
 )
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from . import replay
+from . import replay, superexec
 
 FLOWER = "1.41.0"
 
@@ -83,6 +84,10 @@ _OTHERS = (
     "/v1/runtime/push-logs",
     "/v1/runtime/send-task-heartbeat",
 )
+
+
+# One for each middleware that serves.
+_bells: list[Callable[[], object]] = []
 
 
 class _Parsed(Protocol):
@@ -194,6 +199,8 @@ class LongPoll:
         """Serve one request."""
         if scope["type"] == "lifespan":
             _before_shutdown(self.board.close)
+            call = asyncio.get_running_loop().call_soon_threadsafe
+            _bells.append(lambda: call(self.board.finish, Upload(frozenset({_TASK}))))
         path = scope.get("path", "") if scope.get("method") == "POST" else ""
         if path in _PULLS:
             await self._pull(path, scope, receive, send)
@@ -315,6 +322,12 @@ class LongPoll:
         if request is not None:
             self.board.stored(request.object_id)
         await _send(answer, send)
+
+
+def ring() -> None:
+    """From any thread: there is a task for SuperExec that no request has told of."""
+    for bell in _bells:
+        bell()
 
 
 def _spread(patience: float, keys: frozenset[Key]) -> float:
@@ -452,5 +465,10 @@ def run_superlink() -> None:
     else:
         install()
         log(INFO, "Questions without an answer are held for up to %.0f s", HOLD_FLEET_S)
+    if problems := superexec.findings():
+        for problem in problems:
+            log(WARNING, "A ServerApp that dies is not started again: %s", problem)
+    else:
+        sys.argv += superexec.install(ring)
     replay.install()  # last, so that it stands outermost: what is held is asked twice
     flower_superlink()
