@@ -2,7 +2,7 @@
 
 Stock Flower 1.41 starts a ServerApp's process and forgets it. When it is killed, or goes down with
 its SuperLink, the run is marked as failed a minute later. Here SuperExec, which starts ServerApps,
-runs as a thread of the SuperLink, and
+runs as a thread of the SuperLink that is called when there is something to start, and
 
 - a ServerApp that ends without having finished its task is started again, at once the first time;
 - so is one that was at work when the SuperLink itself went down, once that is up again;
@@ -71,6 +71,24 @@ _PROGRAM = "flwr-serverapp"
 STEADY_S = 60.0
 _LONGEST_WAIT_S = 30.0  # less than the minute after which Flower gives a silent task up
 MOST_QUICK_DEATHS = 8
+_LOOKS_EVERY_S = 10.0  # for what became due by itself: automations, claims that ran out
+
+_bell = threading.Event()
+
+
+def call() -> None:
+    """Call SuperExec: there may be something to start."""
+    _bell.set()
+
+
+class CalledClock:
+    """Stands in for the module ``time`` in ``run_superexec``: it waits until it is called."""
+
+    def sleep(self, seconds: float) -> None:
+        """Wait for the bell where stock Flower sleeps ``seconds``."""
+        del seconds
+        _bell.wait(_LOOKS_EVERY_S)
+        _bell.clear()
 
 
 def findings() -> list[str]:
@@ -156,14 +174,11 @@ class ServerAppWatch:
 
     Args:
         state: Flower's ``SqlLinkState``.
-        ring: tell SuperExec that there is a task.
         wait: how to wait, seconds.
     """
 
-    def __init__(
-        self, state: Any, ring: Callable[[], None], wait: Callable[[float], None] = time.sleep
-    ) -> None:
-        self._state, self._ring, self._wait = state, ring, wait
+    def __init__(self, state: Any, wait: Callable[[float], None] = time.sleep) -> None:
+        self._state, self._wait = state, wait
         self._restarts = Restarts()
 
     def install(self) -> None:
@@ -214,7 +229,7 @@ class ServerAppWatch:
         )
         self._wait(wait)
         if requeue(self._state, token):
-            self._ring()
+            call()
 
 
 def how_it_ended(status: int) -> str:
@@ -240,15 +255,13 @@ def accept_between_server_apps() -> None:
     fleet.check_abort = finished
 
 
-def install(ring: Callable[[], None]) -> list[str]:
+def install() -> list[str]:
     """Put all of this in place in the SuperLink that this process is about to start.
-
-    Args:
-        ring: tell SuperExec, from any thread, that there is a task.
 
     Returns:
         Further arguments for ``flower-superlink``.
     """
+
     def start_superexec(lifespan: Any) -> None:
         """Called in the SuperLink's start-up, before it serves anybody."""
         from flwr.supercore import log
@@ -256,12 +269,13 @@ def install(ring: Callable[[], None]) -> list[str]:
         state, config = lifespan.state_factory.state(), lifespan.config
         for run_id in requeue(state):
             log(INFO, "Run %d goes on: its ServerApp went down with the SuperLink", run_id)
-        ServerAppWatch(state, ring).install()
+        ServerAppWatch(state).install()
         threading.Thread(target=_superexec, args=(config,), name="superexec", daemon=True).start()
 
     command: Any = import_module("flwr.superlink.cli.flower_superlink")
     command.SuperLinkLifespan._start_superexec_if_needed = start_superexec
     superexec: Any = import_module("flwr.supercore.superexec.run_superexec")
+    superexec.time = CalledClock()
     # The SuperLink has its own, and Python refuses signal handlers outside the main thread.
     superexec.register_signal_handlers = lambda **_settings: None
     accept_between_server_apps()
