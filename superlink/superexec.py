@@ -6,6 +6,7 @@ runs as a thread of the SuperLink that is called when there is something to star
 
 - a ServerApp that ends without having finished its task is started again, at once the first time;
 - so is one that was at work when the SuperLink itself went down, once that is up again;
+- one that is only silent, as on a machine that was paused, is not given up after a minute;
 - until the new one is at work, SuperNodes can hand over replies and fetch what they need. Flower
   refuses both while a run has no running ServerApp, and a refused reply is thrown away.
 
@@ -54,6 +55,7 @@ INTERNALS = {
         "SqlCoreState._cleanup_expired_task_tokens": "34301eae2ee4a008",
         "SqlCoreState.claim_task": "35fd1c6c4f6aa488",
         "SqlCoreState.activate_task": "358975eb70e41786",
+        "SqlCoreState.acknowledge_task_heartbeat": "b4e87c4b327d6978",
         "SqlCoreState.finish_task": "8bad718954b9218b",
         "SqlCoreState.get_task_by_token": "cf6795c4851955b9",
     },
@@ -69,8 +71,10 @@ INTERNALS = {
 }
 _PROGRAM = "flwr-serverapp"
 STEADY_S = 60.0
-_LONGEST_WAIT_S = 30.0  # less than the minute after which Flower gives a silent task up
+_LONGEST_WAIT_S = 30.0
 MOST_QUICK_DEATHS = 8
+# A day of heartbeat intervals: what has a watch on its process needs no other proof of life.
+_PATIENCE = 2880
 _LOOKS_EVERY_S = 10.0  # for what became due by itself: automations, claims that ran out
 
 _bell = threading.Event()
@@ -272,6 +276,8 @@ def install() -> list[str]:
         ServerAppWatch(state).install()
         threading.Thread(target=_superexec, args=(config,), name="superexec", daemon=True).start()
 
+    corestate: Any = import_module("flwr.supercore.corestate.sql_corestate")
+    corestate.HEARTBEAT_PATIENCE = _PATIENCE
     command: Any = import_module("flwr.superlink.cli.flower_superlink")
     command.SuperLinkLifespan._start_superexec_if_needed = start_superexec
     superexec: Any = import_module("flwr.supercore.superexec.run_superexec")

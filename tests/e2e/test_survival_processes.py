@@ -209,9 +209,10 @@ def test_replies_are_taken_while_the_serverapp_is_started_again(federation, tmp_
     assert run.answers() == ["supernode-00", "supernode-01"]
 
 
-def test_a_killed_superlink_comes_back_with_its_nodes_and_its_unfinished_run(federation, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
+def test_a_superlink_comes_back_with_its_nodes_and_its_unfinished_run(federation, tmp_path, how):
     run = Started(federation, tmp_path / "run").in_training()
-    federation.kill("superlink")
+    federation.end("superlink", how)
     run.let_them_finish()
     federation.start_superlink()
     until("the ServerApp is started again", lambda: len(run.starts()) == 2, SOON_S)
@@ -228,7 +229,7 @@ def test_a_run_that_was_stopped_stays_stopped(federation, tmp_path):
         control.stop_run(run.run_id)
     run.let_them_finish()
     assert run.finished().status == "stopped"
-    federation.kill("superlink")
+    federation.end("superlink")
     federation.start_superlink()
     after = Started(federation, tmp_path / "after")
     after.let_them_finish()

@@ -245,10 +245,10 @@ class Federation:
                 command, env=environment, cwd=self.home, stdout=log, stderr=log
             )
 
-    def kill(self, name: str) -> None:
-        """End one of the processes as the kernel does when memory runs out."""
-        self.processes[name].kill()
-        self.processes[name].wait()
+    def end(self, name: str, how: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to one of the processes and wait until it has ended."""
+        self.processes[name].send_signal(how)
+        self.processes[name].wait(60)
 
     def start_superlink(self) -> None:
         certificates = self.home / "certs"

@@ -20,7 +20,7 @@ from flwr.supercore.state.schema.corestate_models import Task
 from flwr.superlink.federation import NoOpFederationManager
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from superlink import superexec
 
@@ -184,7 +184,7 @@ def test_one_that_dies_at_once_again_and_again_is_given_up_with_the_reason(state
 
 
 @given(st.lists(st.floats(0, 200), max_size=60))
-def test_no_wait_is_so_long_that_flower_gives_the_task_up_and_a_steady_one_never_waits(lives):
+def test_waits_are_short_and_a_steady_one_never_waits(lives):
     restarts = superexec.Restarts()
     quick = 0
     for lived in lives:
@@ -249,8 +249,10 @@ def lifespan(monkeypatch: pytest.MonkeyPatch) -> Any:
     # Packages give some functions the names of the modules that they are in.
     superexec_module: Any = import_module("flwr.supercore.superexec.run_superexec")
     flower_superlink: Any = import_module("flwr.superlink.cli.flower_superlink")
+    corestate: Any = import_module("flwr.supercore.corestate.sql_corestate")
     for owner, name in (
         (flower_superlink.SuperLinkLifespan, "_start_superexec_if_needed"),
+        (corestate, "HEARTBEAT_PATIENCE"),
         (superexec_module, "time"),
         (superexec_module, "register_signal_handlers"),
         (subprocess_executor, "subprocess"),
@@ -258,6 +260,15 @@ def lifespan(monkeypatch: pytest.MonkeyPatch) -> Any:
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     return flower_superlink.SuperLinkLifespan
+
+
+def test_a_serverapp_that_is_silent_for_hours_is_not_given_up(state, lifespan):
+    superexec.install()
+    _, token = at_work(state)
+    assert state.acknowledge_task_heartbeat(state.get_task_by_token(token).task_id)
+    with state.session() as session:
+        until = session.scalar(select(Task.active_until))
+    assert until - now() > timedelta(hours=23)
 
 
 def test_before_it_serves_the_superlink_puts_back_what_went_down_with_it(
