@@ -75,6 +75,7 @@ _LONGEST_WAIT_S = 30.0
 MOST_QUICK_DEATHS = 8
 # A day of heartbeat intervals: what has a watch on its process needs no other proof of life.
 _PATIENCE = 2880
+_DATABASE_RETRY_S = 5.0
 _LOOKS_EVERY_S = 10.0  # for what became due by itself: automations, claims that ran out
 
 _bell = threading.Event()
@@ -191,38 +192,49 @@ class ServerAppWatch:
         stand_in = SimpleNamespace(Popen=self.launch, DEVNULL=subprocess.DEVNULL)
         vars(executor)["subprocess"] = stand_in
 
-    def launch(self, arguments: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    def launch(self, arguments: Sequence[str], **options: Any) -> subprocess.Popen[bytes] | None:
         """Start a process and, if it is a ServerApp, watch it until it ends.
 
         In a session of its own, as Flower does: Ctrl-C is the SuperLink's alone.
+
+        Returns:
+            The process; None for a ServerApp that could not be started, which is tried again.
         """
-        process = subprocess.Popen(arguments, **options, start_new_session=True)
-        if arguments[0] == _PROGRAM:
-            token = arguments[arguments.index("--token") + 1]
-            threading.Thread(
-                target=self._follow, args=(process, token), name="serverapp-watch", daemon=True
-            ).start()
+        call()  # SuperExec takes one task each time it looks: there may be another
+        if arguments[0] != _PROGRAM:
+            return subprocess.Popen(arguments, **options, start_new_session=True)
+        token = arguments[arguments.index("--token") + 1]
+        try:
+            process = subprocess.Popen(arguments, **options, start_new_session=True)
+        except OSError as error:
+            self._in_a_thread(self.ended, token, f"could not be started: {error.strerror}", 0.0)
+            return None
+        self._in_a_thread(self._follow, process, token)
         return process
+
+    def _in_a_thread(self, function: Callable[..., None], *arguments: Any) -> None:
+        threading.Thread(
+            target=function, args=arguments, name="serverapp-watch", daemon=True
+        ).start()
 
     def _follow(self, process: subprocess.Popen[bytes], token: str) -> None:
         began = time.monotonic()
-        status = process.wait()
-        self.ended(token, status, time.monotonic() - began)
+        how = how_it_ended(process.wait())
+        self.ended(token, how, time.monotonic() - began)
 
-    def ended(self, token: str, status: int, lived: float) -> None:
-        """A ServerApp has ended, with ``status``, ``lived`` seconds after its start."""
+    def ended(self, token: str, how: str, lived: float) -> None:
+        """A ServerApp has ended, ``lived`` seconds after its start."""
         from flwr.common.constant import SubStatus
         from flwr.supercore import log
 
-        task = self._state.get_task_by_token(token)
+        task = self._surely(self._state.get_task_by_token, token)
         if task is None:  # it has finished its task, or the run was stopped
             return
-        how = how_it_ended(status)
         wait = self._restarts.wait(task.run_id, lived)
         if wait is None:
             details = f"the ServerApp died {MOST_QUICK_DEATHS + 1} times in a row, lastly: {how}"
             log(ERROR, "Run %d is given up: %s", task.run_id, details)
-            self._state.finish_task(task.task_id, SubStatus.FAILED, details)
+            self._surely(self._state.finish_task, task.task_id, SubStatus.FAILED, details)
             return
         log(
             WARNING,
@@ -232,8 +244,19 @@ class ServerAppWatch:
             wait,
         )
         self._wait(wait)
-        if requeue(self._state, token):
+        if self._surely(requeue, self._state, token):
             call()
+
+    def _surely(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call it until it succeeds: a full disk, say, must not make a run wait for ever."""
+        from flwr.supercore import log
+
+        while True:
+            try:
+                return function(*arguments)
+            except Exception as error:  # noqa: BLE001  (whatever the database may say)
+                log(ERROR, "A run's ServerApp has ended and cannot be started again yet: %s", error)
+                self._wait(_DATABASE_RETRY_S)
 
 
 def how_it_ended(status: int) -> str:

@@ -144,12 +144,15 @@ def launch(state: SqlLinkState, token: str, tmp_path: Path, monkeypatch: Any, li
 
 
 @pytest.mark.parametrize("line", ["kill -9 $$", "exit 3", "exit 0"])
-def test_a_serverapp_that_ends_before_its_run_is_put_back_and_superexec_called(
-    state, tmp_path, monkeypatch, line
-):
+def test_a_serverapp_that_ends_before_its_run_is_put_back(state, tmp_path, monkeypatch, line):
     task, token = at_work(state)
     launch(state, token, tmp_path, monkeypatch, line)
     assert status(state, task) == Status.PENDING
+
+
+def test_superexec_is_called_when_a_serverapp_was_put_back(state):
+    _, token = at_work(state)
+    watch(state)[0].ended(token, "killed by SIGKILL", lived=100.0)
     assert superexec._bell.is_set()
 
 
@@ -158,8 +161,40 @@ def test_a_serverapp_whose_run_is_over_is_not_started_again(state, tmp_path, mon
     task, token = at_work(state)
     state.finish_task(task, how, "")
     launch(state, token, tmp_path, monkeypatch, "kill -9 $$")
-    assert status(state, task) == Status.FINISHED
-    assert not superexec._bell.is_set()
+    (found,) = state.get_tasks(task_ids=[task])
+    assert (found.status.status, found.status.sub_status) == (Status.FINISHED, how)
+
+
+def test_one_that_cannot_be_started_is_put_back(state, tmp_path, monkeypatch):
+    task, token = at_work(state)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert watch(state)[0].launch(["flwr-serverapp", "--token", token]) is None
+    until_followed()
+    assert status(state, task) == Status.PENDING
+
+
+def test_superexec_looks_again_after_each_start_for_it_takes_one_task_at_a_time(state):
+    process = watch(state)[0].launch(["true"])
+    assert process is not None
+    process.wait()
+    assert superexec._bell.is_set()
+
+
+def test_a_database_that_takes_nothing_now_is_asked_again_until_it_does(state, monkeypatch):
+    task, token = at_work(state)
+    watching, waited = watch(state)
+    troubles = [OSError("database or disk is full")] * 3
+    put_back = superexec.requeue
+
+    def requeue(*arguments: Any) -> list[int]:
+        if troubles:
+            raise troubles.pop()
+        return put_back(*arguments)
+
+    monkeypatch.setattr(superexec, "requeue", requeue)
+    watching.ended(token, "killed by SIGKILL", lived=100.0)
+    assert waited == [0, 5, 5, 5]
+    assert status(state, task) == Status.PENDING
 
 
 def test_a_serverapp_has_a_session_of_its_own(state, tmp_path, monkeypatch):
@@ -172,10 +207,10 @@ def test_one_that_dies_at_once_again_and_again_is_given_up_with_the_reason(state
     watching, waited = watch(state)
     task = a_task(state)
     for _ in range(superexec.MOST_QUICK_DEATHS):
-        watching.ended(claimed(state, task), -11, lived=2.0)
+        watching.ended(claimed(state, task), "killed by SIGSEGV", lived=2.0)
         assert status(state, task) == Status.PENDING
     assert waited == [0, 1, 2, 4, 8, 16, 30, 30]
-    watching.ended(claimed(state, task), -11, lived=2.0)
+    watching.ended(claimed(state, task), "killed by SIGSEGV", lived=2.0)
     (found,) = state.get_tasks(task_ids=[task])
     assert found.status.sub_status == SubStatus.FAILED
     assert found.status.details == (
