@@ -54,7 +54,7 @@ def environment(settings: Settings, inherited: Mapping[str, str], programs: Path
     Args:
         settings: the SuperLink.
         inherited: what to start from, usually ``os.environ``.
-        programs: the folder of ``flower-superexec`` and ``flwr-serverapp``, which the SuperLink
+        programs: the folder of ``flwr-serverapp``, which SuperExec (a thread of the SuperLink)
             looks up on PATH: first there, so that no other installation is picked up.
     """
     variables = dict(inherited)

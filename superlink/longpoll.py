@@ -1,11 +1,11 @@
-"""Hold a question open until there is an answer. The only file here that reaches into Flower.
+"""Hold a question open until there is an answer.
 
-A SuperNode asks the SuperLink for messages, a ServerApp for replies, SuperExec for runs to start.
-Stock Flower 1.41 answers "nothing yet" at once, so all of them choose between late (3 s polls) and
-expensive (each poll costs a signature, its check and an SQL transaction). This middleware keeps
-such an answer back until a message for that node, or a reply to one of those messages, has arrived
-*with all its objects*, or some seconds have passed. Twenty nodes at rest then ask once every 20 s,
-and a sampled one hears of its message within milliseconds.
+A SuperNode asks the SuperLink for messages, a ServerApp for replies. Stock Flower 1.41 answers
+"nothing yet" at once, so both choose between late (3 s polls) and expensive (each poll costs a
+signature, its check and an SQL transaction). This middleware keeps such an answer back until a
+message for that node, or a reply to one of those messages, has arrived *with all its objects*, or
+some seconds have passed. Twenty nodes at rest then ask once every 20 s, and a sampled one hears of
+its message within milliseconds.
 
 The second thing it does: while a message's objects are still being uploaded, nobody is told of
 the message. Stock Flower hands it out at once, and whoever asks for a missing object waits a full
@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
@@ -39,7 +40,6 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.runtime_pb2 import (
-    AcquireTaskResponse,
     PullAppMessagesRequest,
     PullAppMessagesResponse,
     PushAppMessagesRequest,
@@ -47,7 +47,7 @@ from flwr.proto.runtime_pb2 import (
 )
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from . import replay
+from . import replay, superexec
 
 FLOWER = "1.41.0"
 
@@ -55,18 +55,16 @@ Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 Application = Callable[[Event, Receive, Send], Awaitable[None]]
-# ("node", id): its messages; ("reply", id): replies to that message; ("task", ""): runs to start
+# ("node", id): its messages; ("reply", id): replies to that message
 Key = tuple[str, int | str]
 
 HOLD_FLEET_S = 20.0  # under the client's 30 s and a gateway's usual 60 s
 HOLD_RUNTIME_S = 5.0  # Flower notices a lost node only when it is asked
-HOLD_TASK_S = 10.0  # a SuperLink that is stopped sends its SuperExec nothing any more
 SETTLE_S = 10.0  # an upload that takes longer no longer hides its message
 MOST_HELD = 1000
-_PULLS = ("/v1/fleet/pull-messages", "/v1/runtime/pull-messages", "/v1/runtime/acquire-task")
+_PULLS = ("/v1/fleet/pull-messages", "/v1/runtime/pull-messages")
 _TASKS = ("/v1/control/start-run", "/v1/runtime/create-task")
 _PUSHES = ("/v1/fleet/push-messages", "/v1/runtime/push-messages")
-_TASK: Key = ("task", "")
 _OBJECTS = ("/v1/fleet/push-object", "/v1/runtime/push-object")
 # Everything else that is short, asked often and answered from the database.
 _OTHERS = (
@@ -77,6 +75,7 @@ _OTHERS = (
     "/v1/fleet/get-run",
     "/v1/fleet/pull-object",
     "/v1/fleet/send-node-heartbeat",
+    "/v1/runtime/acquire-task",
     "/v1/runtime/confirm-message-received",
     "/v1/runtime/get-nodes",
     "/v1/runtime/pull-object",
@@ -91,7 +90,7 @@ class _Parsed(Protocol):
 
 
 _ANSWERS: dict[str, type[_Parsed]] = dict(
-    zip(_PULLS, (PullMessagesResponse, PullAppMessagesResponse, AcquireTaskResponse), strict=True)
+    zip(_PULLS, (PullMessagesResponse, PullAppMessagesResponse), strict=True)
 )
 
 
@@ -172,8 +171,8 @@ class LongPoll:
         app: the application.
         fleet_s: seconds for which a SuperNode's question is held.
         runtime_s: seconds for which a ServerApp's question is held.
-        task_s: seconds for which SuperExec's question is held.
         settle_s: seconds for which a half-uploaded message is kept back.
+        new_task: called when a run or another task was accepted.
     """
 
     def __init__(
@@ -181,11 +180,11 @@ class LongPoll:
         app: Application,
         fleet_s: float = HOLD_FLEET_S,
         runtime_s: float = HOLD_RUNTIME_S,
-        task_s: float = HOLD_TASK_S,
         settle_s: float = SETTLE_S,
+        new_task: Callable[[], None] = superexec.call,
     ) -> None:
-        self._app = app
-        self._hold = dict(zip(_PULLS, (fleet_s, runtime_s, task_s), strict=True))
+        self._app, self._new_task = app, new_task
+        self._hold = dict(zip(_PULLS, (fleet_s, runtime_s), strict=True))
         self._settle_s = settle_s
         self._turn = asyncio.Lock()
         self.board = Board()
@@ -207,7 +206,7 @@ class LongPoll:
         else:
             await self._app(scope, receive, send)
             if path in _TASKS:
-                self.board.finish(Upload(frozenset({_TASK})))
+                self._new_task()
 
     async def _ask(
         self, scope: Event, body: bytes, keys: frozenset[Key] = frozenset()
@@ -327,8 +326,6 @@ def _spread(patience: float, keys: frozenset[Key]) -> float:
 
 
 def _pull_keys(path: str, body: bytes) -> Iterable[Key]:
-    if "acquire" in path:
-        return [_TASK]
     if "fleet" in path:
         node = _parse(PullMessagesRequest, body)
         return [("node", node.node.node_id)] if node is not None else []
@@ -452,5 +449,10 @@ def run_superlink() -> None:
     else:
         install()
         log(INFO, "Questions without an answer are held for up to %.0f s", HOLD_FLEET_S)
+    if problems := superexec.findings():
+        for problem in problems:
+            log(WARNING, "A ServerApp that dies is not started again: %s", problem)
+    else:
+        sys.argv += superexec.install()
     replay.install()  # last, so that it stands outermost: what is held is asked twice
     flower_superlink()

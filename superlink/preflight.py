@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sqlite3
 import stat
+import tempfile
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 from .command import Settings
 from .errors import SuperLinkError
 
+_ROOM = 4 * 2**20  # bytes; a few rounds' worth of state
 _ISSUE = "`medfed certs issue` makes a CA and a certificate that belong together"
 
 
@@ -113,10 +117,13 @@ def _read_certificates(path: Path) -> list[x509.Certificate]:
 
 
 def check_database(database: Path) -> None:
-    """Check that SQLite will be able to write ``database`` and the files that it puts beside it.
+    """Check that SQLite will be able to write ``database``, and that what is in it is sound.
+
+    Reads only, but for a file of its own that it removes again.
 
     Raises:
-        SuperLinkError: the folder is missing, or it or the file cannot be written.
+        SuperLinkError: the folder is missing, it or the file cannot be written, the volume is full
+            or read-only, or the database is damaged.
     """
     if not database.parent.is_dir():
         raise SuperLinkError(
@@ -127,8 +134,41 @@ def check_database(database: Path) -> None:
         if path.exists() and not os.access(path, os.W_OK):
             raise SuperLinkError(
                 f"expected to write {path}, found that it cannot be written",
-                f"it must be writable by the user that runs the SuperLink (uid {os.getuid()})",
+                "it must be on a volume that is not read-only, and writable by the user that runs "
+                f"the SuperLink (uid {os.getuid()})",
             )
+    _check_room(database.parent)
+    if database.exists():
+        _check_is_sound(database)
+
+
+def _check_room(folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_ROOM))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise SuperLinkError(
+            f"expected to write {_ROOM // 2**20} MB in {folder}, found: {error.strerror}",
+            "make room on that volume; the database and the finished rounds in runs/ are as they "
+            "were, and unfinished runs go on when the SuperLink starts again",
+        ) from None
+
+
+def _check_is_sound(database: Path) -> None:
+    try:
+        # Read-only, so that nothing is repaired, moved or overwritten by looking at it.
+        with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as opened:
+            (found,) = opened.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    if found != "ok":
+        raise SuperLinkError(
+            f"expected a sound database in {database}, found it damaged: {found.splitlines()[-1]}",
+            f"nothing was changed. Move {database.name}* away and start again: SuperNodes are then "
+            "registered anew, and each run's last good round is still in runs/",
+        )
 
 
 def check_port_is_free(host: str, port: int) -> None:

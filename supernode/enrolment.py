@@ -84,7 +84,7 @@ def enrol(
                     previous = None
                 if not _is_registered(lambda: client.ActivateNode(question)):
                     raise _not_registered(settings)
-                node_id = int(client.ActivateNode(activate).node_id)
+                node_id = previous = int(client.ActivateNode(activate).node_id)
                 # Only asked: Flower's own request, next, is refused if the node is online already.
                 client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
                 return node_id
@@ -95,7 +95,10 @@ def enrol(
                 elif not _is_online_already(error) or time.monotonic() >= deadline:
                     raise trouble from None
                 else:
-                    reason = str(trouble)
+                    reason = (
+                        "waiting for the session before this one to count as offline at "
+                        f"{settings.superlink}, 20 s after it died at work and 60 s at rest"
+                    )
             except httpx.TransportError as error:
                 reason = f"unreachable: {error}"
             if reason != said:
@@ -153,7 +156,7 @@ def _refusal(settings: Settings, error: httpx.HTTPStatusError) -> SuperNodeError
             f"expected the SuperLink at {where} to accept the signature of {name}, found it denied",
             "signatures carry the time: is this machine's clock right?",
         )
-    if status in {502, 503, 504}:
+    if status >= httpx.codes.INTERNAL_SERVER_ERROR:
         return None
     return SuperNodeError(
         f"expected a SuperLink's Fleet API at {where}, found HTTP status {status}",

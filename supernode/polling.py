@@ -1,4 +1,4 @@
-"""What the SuperNode does between two polls. The only file here that reaches into Flower.
+"""What the SuperNode does between two polls, and where its other changes to Flower are put in.
 
 Stock Flower 1.41 sleeps a fixed 3 s between two questions to the SuperLink, 0.5 s between two
 looks for the ClientApp's reply, and starts a second process (``flower-superexec``) that asks the
@@ -12,7 +12,8 @@ SuperNode once a second whether there is a message to work on. Here
 
 What is touched is listed in ``INTERNALS``: :func:`findings` compares it with the installed Flower,
 and anything unexpected leaves the stock behaviour in place and says so in the log. Nothing is
-changed before :func:`run_supernode` is called.
+changed before :func:`run_supernode` is called. What outlasts faults is in ``patience``,
+``lifeline`` and ``watch``, each with a guard of its own.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from . import lifeline, patience, watch
 from .wire import Meter, WireLog
 
 FLOWER = "1.41.0"
@@ -230,7 +232,12 @@ def run_supernode() -> None:
     if os.environ.get("MEDFED_WARM_SOCKET"):
         os.environ.setdefault("MEDFED_WARM_PYTHON", sys.executable)
         os.environ["PATH"] = f"{WARM_BIN}{os.pathsep}{os.environ.get('PATH', '')}"
-    if problems := findings():
+    if problems := patience.findings():
+        for problem in problems:
+            log(WARNING, "Connections are not tried again but as Flower does it: %s", problem)
+    else:
+        patience.install()
+    if problems := [*findings(), *lifeline.findings(), *watch.findings()]:
         for problem in problems:
             log(WARNING, "Adaptive polling is off, Flower polls as it does by itself: %s", problem)
     elif not _isolation_is_stock(sys.argv):
@@ -261,16 +268,28 @@ def install() -> str:
     pull_and_store_message = supernode._pull_and_store_message
     push_messages = supernode._push_messages
     wire = _wire_log()
+    life = lifeline.install()
     run_id: int | None = None
 
     def pull_and_note_run(**arguments: Any) -> int | None:
         nonlocal run_id
-        run_id = pull_and_store_message(**arguments)
+        ask = arguments.pop("receive")
+
+        def receive() -> Any:
+            if (received := ask()) is not None:
+                life.working()
+            return received
+
+        run_id = pull_and_store_message(receive=receive, **arguments)
+        if run_id is None:
+            life.resting()
         return run_id
 
     def note_message_and_push(**arguments: Any) -> None:
         clock.message_arrived()  # it is stored, and its reply is waited for next
-        push_messages(**arguments)
+        state = watch.WholeReplies(arguments.pop("state"))
+        push_messages(state=state, **arguments)
+        life.resting()
         if run_id is not None:
             wire.reply_left(run_id)
 
@@ -290,11 +309,15 @@ def install() -> str:
             "superexec_auth_secret": settings["superexec_auth_secret"],
             "runtime_dependency_install": settings["runtime_dependency_install"],
         }
+        watch.ClientAppWatch(settings["state_factory"].state()).install()
         threading.Thread(
             target=_superexec, args=(arguments,), name="superexec", daemon=True
         ).start()
         log(INFO, "Adaptive polling is on; SuperExec runs in this process")
         start_client(**settings)
+        # It never ends by itself but for a fault, and would leave a process that serves nobody.
+        log(ERROR, "The connection to the SuperLink ended, so this SuperNode stops")
+        os.kill(os.getpid(), signal.SIGTERM)
 
     _replace(command, "start_client_internal", start_client_with_superexec)
     return _secret_file()

@@ -13,17 +13,16 @@ polling, an open gate is not something to fall back to.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
 import signal
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module, metadata
+from importlib import import_module
 from logging import ERROR, WARNING
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -42,6 +41,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import push_objects
 from flwr.supercore.run import RunNotRunningException
 
+from .. import internals
 from ..errors import SuperNodeError
 from .audit import AuditLog
 from .policy import Policy
@@ -49,15 +49,14 @@ from .policy import load as load_policy
 from .reply import RefusedError, check
 from .site import Site
 
-FLOWER = "1.41.0"
 _MODULE = "flwr.supernode.start_client_internal"
 
-# The functions that use the connection, as they were read: SHA-256 of their source.
+# The functions that use the connection, as they were read.
 INTERNALS = {
-    "start_client_internal": "9e89a6eb68fbec6821e817cd2c09f7894fc7b0f5725c2365b19a7122307f11f3",
-    "_pull_and_store_message": "eaf5d0e36dc34e4cf46a490511d077ac55cc8edbbcdbe938c1f6dbcb758628be",
-    "_push_messages": "00bb86faffdec114db87e7f716af2acd901d12284e44f51f5c2a84704db05f64",
-    "_init_connection": "800f9aba73646ea2c953bb5d8b7c0ae95ad33735fa522621787bbab48d300990",
+    "start_client_internal": "9e89a6eb68fbec68",
+    "_pull_and_store_message": "eaf5d0e36dc34e4c",
+    "_push_messages": "00bb86faffdec114",
+    "_init_connection": "800f9aba73646ea2",
 }
 
 # What may be said of an app's error without a word of the app's.
@@ -332,22 +331,7 @@ def findings() -> list[str]:
     Returns:
         One line per difference; empty when the gate may stand.
     """
-    installed = metadata.version("flwr")
-    if installed != FLOWER:
-        return [f"expected flwr {FLOWER}, found {installed}"]
-    return differences(vars(import_module(_MODULE)), INTERNALS)
-
-
-def differences(module: Mapping[str, Any], expected: Mapping[str, str]) -> list[str]:
-    """Compare the source of functions with what is expected of it, one line per difference."""
-    found = []
-    for name, sha256 in expected.items():
-        function = inspect.unwrap(module[name]) if callable(module.get(name)) else None
-        if function is None:
-            found.append(f"expected a function {_MODULE}.{name}")
-        elif hashlib.sha256(inspect.getsource(function).encode()).hexdigest() != sha256:
-            found.append(f"expected {_MODULE}.{name} as in flwr {FLOWER}, found it changed")
-    return found
+    return internals.findings({_MODULE: INTERNALS})
 
 
 def install(name: str, site: Site) -> None:
@@ -364,7 +348,7 @@ def install(name: str, site: Site) -> None:
     if problems := findings():
         raise SuperNodeError(
             f"expected a Flower that the site gate knows, found: {'; '.join(problems)}",
-            f"pip install flwr=={FLOWER}; without a gate this SuperNode does not start",
+            f"pip install flwr=={internals.FLOWER}; without a gate this SuperNode does not start",
         )
     policy = load_policy(site.policy)
     audit = AuditLog(site.audit)

@@ -36,7 +36,9 @@ def federation(home: Path) -> Iterator[Federation]:
         libraries = ("--import", "flwr.supernode.cli", "--import", "app.errors")
         with (
             warm_process(home, *libraries) as socket,
-            Federation(home, 2, warm=socket, environment={"PYTHONPATH": str(other)}) as started,
+            Federation(
+                home, 2, warm=socket, environment={"PYTHONPATH": f"{other}{os.pathsep}{ROOT}"}
+            ) as started,
         ):
             assert "imported app.errors" in (home / "warm.log").read_text()
             yield started

@@ -125,6 +125,8 @@ def train(message, context):
             os._exit(7)
         if ask["what"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if ask["what"] == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
         if ask["what"] == "segfault":
             ctypes.string_at(0)
     time.sleep(float(ask["seconds"]))
@@ -142,15 +144,17 @@ def train(message, context):
 """
 
 
-def write_app(folder: Path, marker: str = "from the FAB") -> Path:
+def write_app(
+    folder: Path, marker: str = "from the FAB", server: str = SERVER, client: str = CLIENT
+) -> Path:
     """Write the small app; its module is called ``app``, like this repository's."""
     package = folder / "app"
     package.mkdir(parents=True, exist_ok=True)
     (folder / "pyproject.toml").write_text(PYPROJECT)
     (folder / "LICENSE").write_text("Apache-2.0\n")
     (package / "__init__.py").write_text("")
-    (package / "server_app.py").write_text(SERVER)
-    (package / "client_app.py").write_text(CLIENT)
+    (package / "server_app.py").write_text(server)
+    (package / "client_app.py").write_text(client)
     (package / "marker.py").write_text(f"MARKER = {marker!r}\n")
     shutil.copy(ROOT / "app" / "polling.py", package / "polling.py")
     return folder
@@ -201,7 +205,7 @@ class Federation:
         certificates = self.home / "certs"
         store.issue(certificates, self.names, ["127.0.0.1"])
         try:
-            self._start_superlink(certificates)
+            self.start_superlink()
             began = time.monotonic()
             with self.control() as control:
                 control.register({n: certificates / "supernodes" / f"{n}.pub" for n in self.names})
@@ -241,7 +245,13 @@ class Federation:
                 command, env=environment, cwd=self.home, stdout=log, stderr=log
             )
 
-    def _start_superlink(self, certificates: Path) -> None:
+    def end(self, name: str, how: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to one of the processes and wait until it has ended."""
+        self.processes[name].send_signal(how)
+        self.processes[name].wait(60)
+
+    def start_superlink(self) -> None:
+        certificates = self.home / "certs"
         arguments = [
             *("--ssl-certfile", str(certificates / "superlink.crt")),
             *("--ssl-keyfile", str(certificates / "superlink.key")),

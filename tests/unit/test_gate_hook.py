@@ -18,6 +18,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.run import RunNotRunningException
 
+from supernode import internals
 from supernode.__main__ import main
 from supernode.errors import SuperNodeError
 from supernode.gate import audit, hook, policy
@@ -89,7 +90,7 @@ class Hospital:
         reply = policy.ReplyLimits(**{**about, "metrics": ("train-loss",), **limits})
         digest = hashlib.sha256(approved).hexdigest()
         approval = policy.Approval(digest, "Dr. A", policy.datetime.now(policy.UTC))
-        rules = policy.Policy(reply, (approval,), "00" * 32)
+        rules = policy.Policy(reply, (approval,), "00" * 8)
         self.audit = audit.AuditLog(folder)
         gate = hook.Gate("supernode-07", rules, self.audit, superlink.connection())
         self.link = gate.guarded()
@@ -299,9 +300,11 @@ def test_a_changed_function_is_found():
     def other() -> None:
         """Another."""
 
-    found = hook.differences({"f": other, "h": 1}, {"f": "00" * 32, "g": "", "h": ""})
+    found = internals.differences(
+        {"f": other, "h": 1}, {"f": "00" * 8, "g": "", "h": ""}, "flwr.some.module"
+    )
     assert [line.split(" ")[1] for line in found] == [
-        "flwr.supernode.start_client_internal.f",
+        "flwr.some.module.f",
         "a",
         "a",
     ]
@@ -325,7 +328,7 @@ def flower(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def test_another_flower_does_not_start(monkeypatch, flower, site):
-    monkeypatch.setattr(hook, "FLOWER", "1.99.0")
+    monkeypatch.setattr(internals, "FLOWER", "1.99.0")
     before = flower._init_connection
     with pytest.raises(SuperNodeError, match=r"expected flwr 1\.99\.0, found 1\.41\.0"):
         hook.install("supernode-07", site)

@@ -123,7 +123,12 @@ def _instead_of_flower(monkeypatch: pytest.MonkeyPatch, *more: str) -> list[list
     started: list[list[str]] = []
     for module, name in (
         ("flwr.supernode.start_client_internal", "time"),
+        ("flwr.supernode.start_client_internal", "_pull_and_store_message"),
         ("flwr.supernode.start_client_internal", "_push_messages"),
+        ("flwr.supernode.start_client_internal", "http_request_response"),
+        ("flwr.supernode.fleet_http_connection", "FleetHttpClient"),
+        ("flwr.supernode.fleet_http_connection", "HeartbeatSender"),
+        ("flwr.supercore.retry.http_retry", "MAX_RETRY_DELAY"),
         ("flwr.supercore.superexec.run_superexec", "time"),
         ("flwr.supercore.superexec.run_superexec", "register_signal_handlers"),
         ("flwr.supernode.cli.flower_supernode", "start_client_internal"),

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -110,6 +115,53 @@ def test_a_database_folder_that_is_missing_is_refused(settings, tmp_path):
 def test_a_database_that_cannot_be_written_is_refused(settings, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     refused(settings, "cannot be written")
+
+
+def a_database(path: Path) -> bytes:
+    with closing(sqlite3.connect(path)) as made:
+        made.execute("CREATE TABLE replies (content)")
+        made.executemany("INSERT INTO replies VALUES (?)", [("x" * 200,)] * 500)
+        made.commit()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "something else"])
+def test_a_damaged_database_is_refused_and_left_alone(settings, damage):
+    sound = a_database(settings.database)
+    preflight.check(settings)
+    content = {
+        "truncated": sound[: len(sound) // 2],
+        "overwritten": sound[:5000] + b"\xff" * 4000 + sound[9000:],
+        "something else": b"not a database" * 1000,
+    }[damage]
+    settings.database.write_bytes(content)
+    refused(settings, "found it damaged: ")
+    assert settings.database.read_bytes() == content
+    assert [path.name for path in settings.database.parent.glob("state*")] == ["state.db"]
+
+
+def test_what_a_killed_superlink_left_behind_is_sound(settings):
+    write_and_die = (
+        "import os, sqlite3, sys; d = sqlite3.connect(sys.argv[1]);"
+        "d.execute('PRAGMA journal_mode = WAL'); d.execute('CREATE TABLE t (x)'); d.commit();"
+        "os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", write_and_die, str(settings.database)], check=False)
+    assert settings.database.with_name("state.db-wal").stat().st_size > 0
+    preflight.check(settings)
+    assert settings.database.with_name("state.db-wal").stat().st_size > 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_volume_that_takes_nothing_more_is_refused(settings, monkeypatch, number):
+    before = a_database(settings.database)
+
+    def full(_descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    refused(settings, f"expected to write 4 MB in .*: {os.strerror(number)}")
+    assert settings.database.read_bytes() == before
 
 
 def test_a_port_in_use_is_refused_and_its_owner_named(settings):

@@ -1,0 +1,230 @@
+"""The connection to the SuperLink, which outlasts restarts of SuperLink, gateway and network.
+
+Flower 1.41 tries again when a connection is refused or a gateway answers 502 to 504, with waits
+that grow to 20 s. Anything else it lets through: a TLS connection that is cut while a gateway
+restarts, or one HTTP 500. Then a finished reply is thrown away, or the SuperNode ends. Here
+
+- handing over a reply is tried again for minutes, asking for messages for ever;
+- an object of which nobody knows whether it arrived is asked about before it is sent again;
+- waits grow to 8 s, and no connection is waited for longer than 5 s.
+
+A run that is over is not argued with (``RunNotRunningException``), nor is a key that is refused
+(Flower ends the SuperNode).
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from logging import ERROR, INFO, WARNING
+from typing import Any, ParamSpec, TypeVar
+
+import httpx
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.supercore.run import RunNotRunningException
+
+from . import internals
+
+INTERNALS = {
+    "flwr.supernode.start_client_internal": {
+        "_init_connection": "800f9aba73646ea2",
+        "_pull_and_store_message": "eaf5d0e36dc34e4c",
+        "_push_messages": "00bb86faffdec114",
+    },
+    "flwr.supernode.fleet_http_connection": {"http_request_response": "b80ca36779c2657f"},
+    "flwr.supercore.retry.http_retry": {"make_simple_http_retry_invoker": "49e12326a4b17e26"},
+    "flwr.supercore.protobuf.client": {"ProtobufClient.__init__": "ea57554c6ab40501"},
+}
+LONGEST_WAIT_S = 8
+PATIENCE_S = 300.0
+_CONNECT_S = 5.0
+# Refusals that say "not now"; everything below 500 that is not among them says "no".
+_NOT_NOW = (408, 425, 429)
+
+Parameters = ParamSpec("Parameters")
+Answer = TypeVar("Answer")
+
+
+def findings() -> list[str]:
+    """What the installed Flower does differently from what this file was written for."""
+    return internals.findings(INTERNALS)
+
+
+def passes(error: Exception) -> bool:
+    """Whether what went wrong may be over in a while."""
+    if isinstance(error, httpx.HTTPStatusError):
+        status = error.response.status_code
+        return status >= 500 or status in _NOT_NOW
+    return isinstance(error, httpx.HTTPError | OSError)
+
+
+def may_pass(_error: Exception) -> bool:
+    """Hope for the best, where the other way is the end of the SuperNode."""
+    return True
+
+
+class Patience:
+    """Tries again, with waits that double up to ``LONGEST_WAIT_S`` and are cut at random.
+
+    Args:
+        sleep: how to wait.
+        clock: seconds, never going back.
+        draw: a number between two.
+    """
+
+    def __init__(
+        self,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._sleep, self._clock, self._draw = sleep, clock, draw
+
+    def with_(
+        self,
+        what: str,
+        function: Callable[Parameters, Answer],
+        seconds: float = PATIENCE_S,
+        hope: Callable[[Exception], bool] = passes,
+    ) -> Callable[Parameters, Answer]:
+        """``function``, called again until it succeeds.
+
+        Args:
+            what: it does, for the log.
+            function: to call.
+            seconds: after which its last exception is let out.
+            hope: whether an exception is one after which to try again.
+        """
+
+        def patient(*arguments: Parameters.args, **options: Parameters.kwargs) -> Answer:
+            from flwr.supercore import log
+
+            began, wait, tries = self._clock(), 1.0, 0
+            while True:
+                try:
+                    answer = function(*arguments, **options)
+                except RunNotRunningException:
+                    raise
+                except Exception as error:
+                    if not hope(error) or self._clock() - began >= seconds:
+                        raise
+                    pause = self._draw(wait / 2, wait)
+                    log(WARNING, "Could not %s: %s; again in %.1f s", what, error, pause)
+                    self._sleep(pause)
+                    wait, tries = min(2 * wait, LONGEST_WAIT_S), tries + 1
+                else:
+                    if tries:
+                        log(INFO, "Could %s after %d more attempts", what, tries)
+                    return answer
+
+        return patient
+
+
+class Delivery:
+    """Hands a reply over: the message first, then each of its objects in some thread.
+
+    Args:
+        send: Flower's; returns which objects are missing there, and the session to push them in.
+        push_object: Flower's; an object that the session does not miss (any more) is an error.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Any, Any, float], tuple[set[str], str]],
+        push_object: Callable[[int, str, str, bytes], None],
+    ) -> None:
+        self._send, self._push_object = send, push_object
+        self._lock = threading.Lock()
+        self._reply: tuple[Any, Any, float] | None = None
+        self._sessions: dict[str, str] = {}
+
+    def send(self, message: Any, tree: Any, runtime: float) -> tuple[set[str], str]:
+        """Hand over the message; the objects that are missing, and the session's id."""
+        self._reply, self._sessions = (message, tree, runtime), {}
+        return self._send(message, tree, runtime)
+
+    def push_object(self, run_id: int, session: str, object_id: str, content: bytes) -> None:
+        """Hand over one object, and ask what is missing where that is not clear.
+
+        The SuperLink refuses an object that it has, and one whose session is over. Both happen when
+        an answer got lost on its way.
+
+        Raises:
+            ObjectPushError: the SuperLink says that it misses the object, and does not take it.
+        """
+        try:
+            self._push_object(run_id, self._sessions.get(session, session), object_id, content)
+        except ObjectPushError:
+            with self._lock:  # each renewal ends the session before it
+                if self._reply is None:
+                    raise
+                missing, renewed = self._send(*self._reply)
+                self._sessions[session] = renewed
+                if object_id in missing:
+                    self._push_object(run_id, renewed, object_id, content)
+
+
+def around(connection: tuple[Any, ...], patience: Patience) -> tuple[Any, ...]:
+    """What Flower's ``http_request_response`` yields, with patience."""
+    node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
+    delivery = Delivery(
+        patience.with_("hand over a reply", send),
+        patience.with_("hand over a part of a reply", push_object),
+    )
+    return (
+        node_id,
+        patience.with_("ask for messages", receive, float("inf"), may_pass),
+        delivery.send,
+        _or_drop_the_message(patience.with_("ask about a run", get_run)),
+        _or_drop_the_message(patience.with_("fetch an app", get_fab)),
+        patience.with_("fetch a part of a message", pull_object),
+        delivery.push_object,
+        patience.with_("confirm a message", confirm),
+    )
+
+
+def _or_drop_the_message(function: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]:
+    """One message that cannot be worked on is no reason for a SuperNode to end."""
+
+    def dropping(*arguments: Parameters.args, **options: Parameters.kwargs) -> Answer:
+        from flwr.supercore import log
+
+        try:
+            return function(*arguments, **options)
+        except RunNotRunningException:
+            raise
+        except Exception as error:
+            log(ERROR, "A message is dropped, for what it needs cannot be had: %s", error)
+            raise RunNotRunningException from error
+
+    return dropping
+
+
+def install() -> None:
+    """Make the connection that this process is about to open a patient one."""
+    retry: Any = import_module("flwr.supercore.retry.http_retry")
+    retry.MAX_RETRY_DELAY = LONGEST_WAIT_S
+    fleet: Any = import_module("flwr.supernode.fleet_http_connection")
+    stock: Any = fleet.FleetHttpClient
+
+    class QuickToConnect(stock):  # type: ignore[misc]
+        """Flower's client, which would wait 30 s for a connection too."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self._client.timeout = httpx.Timeout(self._client.timeout.read, connect=_CONNECT_S)
+
+    fleet.FleetHttpClient = QuickToConnect
+    worker: Any = import_module("flwr.supernode.start_client_internal")
+    connect = worker.http_request_response
+
+    @contextmanager
+    def connect_patiently(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...]]:
+        with connect(*arguments, **options) as connection:
+            yield around(connection, Patience())
+
+    worker.http_request_response = connect_patiently
