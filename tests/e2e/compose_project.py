@@ -47,6 +47,36 @@ class ComposeProject:
             "MEDFED_TAG": "e2e",
         }
 
+    def keep_runs_on_a_small_volume(self) -> None:
+        """Make the volume of runs before Compose does: in memory, and small enough to be full.
+
+        What is in it is gone once no container uses it, so one does until the project is removed.
+        """
+        name = f"{self.name}_runs"
+        self.client.volumes.create(
+            name,
+            driver="local",
+            driver_opts={
+                "type": "tmpfs",
+                "device": "tmpfs",
+                "o": "size=64m,uid=10001,gid=10001,mode=0700",
+            },
+            labels={
+                "com.docker.compose.project": self.name,
+                "com.docker.compose.volume": "runs",
+            },
+        )
+        self.client.containers.run(
+            "medfed/superlink:e2e",
+            ["infinity"],
+            entrypoint="sleep",
+            name=f"{self.name}-keeper",
+            volumes={name: {"bind": "/runs", "mode": "ro"}},
+            init=True,
+            network_disabled=True,
+            detach=True,
+        )
+
     def compose(
         self, *arguments: str, timeout: float = 300, stdin: str | None = None, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
@@ -126,6 +156,8 @@ class ComposeProject:
 
     def remove(self) -> None:
         """Remove containers, networks and volumes of this project, and nothing else."""
+        for keeper in self.client.containers.list(filters={"name": f"{self.name}-keeper"}):
+            keeper.remove(force=True)
         # With the gates' file, whose volumes are gone too then.
         down = ("down", "--volumes", "--remove-orphans", "--timeout", "10")
         self.compose(*GATED, *down, timeout=300, check=False)

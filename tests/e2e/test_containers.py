@@ -11,7 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from compose_project import (
+from docker.models.containers import Container
+
+from superlink.control import Control
+from supernode import roster
+from tests.e2e.compose_project import (
     FEDERATION,
     NAMES,
     ONLINE_WITHIN_S,
@@ -20,10 +24,6 @@ from compose_project import (
     Federation,
     until,
 )
-from docker.models.containers import Container
-
-from superlink.control import Control
-from supernode import roster
 
 pytestmark = pytest.mark.containers
 

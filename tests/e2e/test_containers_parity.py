@@ -6,11 +6,11 @@ import io
 from pathlib import Path
 
 import pytest
-from compose_project import Federation
 from rich.console import Console
 
 from medfed import engines, parity, records
 from medfed.paths import Home
+from tests.e2e.compose_project import Federation
 from tests.small_llama import CONFIG as SMALL
 from tests.small_llama import sharing_cards
 

@@ -24,7 +24,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from compose_project import COORDINATOR, NAMES, ComposeProject, until
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import (
@@ -50,6 +49,7 @@ import certs
 from certs import pki
 from superlink.control import Control
 from superlink.gateway.config import UNKNOWN_KEY
+from tests.e2e.compose_project import COORDINATOR, NAMES, ComposeProject, until
 
 pytestmark = pytest.mark.containers
 

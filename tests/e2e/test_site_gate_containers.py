@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compose_project import COORDINATOR, GATED, NAMES, ROOT, ComposeProject, until
 from flwr.cli.build import build_fab_from_disk
 
 from superlink.control import Control
+from tests.e2e.compose_project import COORDINATOR, GATED, NAMES, ROOT, ComposeProject, until
 from tests.e2e.gated_app import GOOD, REFUSED, SIZE, STRANGER, altered, write_app
 
 pytestmark = pytest.mark.containers

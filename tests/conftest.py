@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from compose_project import (
+
+from tests.e2e.compose_project import (
     FEDERATION,
     NAMES,
     ONLINE_WITHIN_S,
@@ -74,6 +75,7 @@ def built(project: ComposeProject) -> ComposeProject:
 @pytest.fixture(scope="session")
 def provisioned(built: ComposeProject) -> ComposeProject:
     """The project with certificates, keys, embedded model, partitions and a tiny model."""
+    built.keep_runs_on_a_small_volume()
     built.compose("run", "--rm", "-T", "provision", timeout=900)
     built.compose(
         *("run", "--rm", "-T", "--entrypoint", "python", "provision", "-"),
