@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from app import durable
 from app.config import RunConfig
 from app.errors import AppError
 from app.places import medfed_home
+
+_LOCK_S = 30.0
 
 
 class RunRecord:
@@ -27,6 +30,7 @@ class RunRecord:
         with durable.disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self._lock: IO[str] | None = None
 
     @classmethod
     def open(cls, run_id: int, config: RunConfig) -> RunRecord:
@@ -35,7 +39,8 @@ class RunRecord:
         A run that goes on with another has that one's folder, under both ids.
 
         Raises:
-            AppError: there is no such run, or it was another: the first setting that differs.
+            AppError: there is no such run, or it was another: the first setting that differs; or
+                another ServerApp still writes to it.
         """
         runs = medfed_home() / "runs"
         folder = runs / str(run_id)
@@ -50,12 +55,32 @@ class RunRecord:
                 with durable.disk(folder):
                     folder.symlink_to(earlier.resolve().name)
         record = cls(folder.resolve())
+        record._only_writer()
         known = record.folder / "config.json"
         if known.is_file():
             config.check_same(json.loads(known.read_text(encoding="utf-8")))
         else:
             record._write("config.json", config.flat())
         return record
+
+    def _only_writer(self) -> None:
+        """Keep out a ServerApp that was given up but has not died yet, for as long as we live."""
+        file = self.folder / ".lock"
+        with durable.disk(file):
+            self._lock = file.open("w", encoding="utf-8")
+        end = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise AppError(
+                        f"expected to be the only ServerApp that writes to {self.folder}, found "
+                        "another at work",
+                        "let it end, or end it (its process is flwr-serverapp)",
+                    ) from None
+                time.sleep(0.1)
 
     @property
     def finished(self) -> bool:

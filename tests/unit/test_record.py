@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from app import record
 from app.communication import Communication
 from app.errors import AppError
 from app.record import RunRecord
@@ -28,6 +29,15 @@ def test_a_run_that_goes_on_has_the_earlier_ones_folder_under_both_ids(home):
     for run in ("7", "8"):
         events = (home / "runs" / run / "events.jsonl").read_text().splitlines()
         assert [json.loads(event)["event"] for event in events] == ["round-finished", "resumed"]
+
+
+def test_two_serverapps_cannot_write_one_run(monkeypatch):
+    monkeypatch.setattr(record, "_LOCK_S", 0.0)
+    first = RunRecord.open(7, config())
+    with pytest.raises(AppError, match="only ServerApp"):
+        RunRecord.open(8, config(resume_run="7"))
+    del first
+    RunRecord.open(8, config(resume_run="7"))
 
 
 def test_a_serverapp_that_was_restarted_finds_its_own_folder(home):
