@@ -126,9 +126,9 @@ def _families(
         for _, part in groupby(cards, lambda card: _before_answer(card)[opening : opening + 1])
     ]
     apart = sum(part for part, _ in parts)
-    return (
-        (apart, [one for _, part in parts for one in part]) if apart > saved else (saved, families)
-    )
+    if apart > saved:
+        return apart, [family for _, part in parts for family in part]
+    return saved, families
 
 
 def _packs(
