@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,11 @@ class Gated:
         audit.verify(self.site(name).audit)
         return list(audit.entries(self.site(name).audit))
 
+    def activated(self, name: str) -> datetime | None:
+        with self.control() as control:
+            (node,) = [node for node in control.nodes() if node.name == name]
+        return node.activated
+
     def all_online(self) -> bool:
         return all(one.alive and one.online for one in processes.status(self.home))
 
@@ -209,11 +214,15 @@ def test_what_was_approved_later_runs_after_a_restart_and_the_log_goes_on(gated,
     fab = write_app(tmp_path / "small", STRANGER)
     for name in NAMES:
         assert gated.site(name).approve(fab, "Dr. B", "") is not None
-    before = gated.audited("supernode-00")
+    before, activated = gated.audited("supernode-00"), gated.activated("supernode-00")
     victim = next(one for one in processes.load(gated.home).supernodes if one.name == NAMES[0])
     os.kill(victim.pid, signal.SIGKILL)
     os.waitpid(victim.pid, 0)
     gated.up()
+    # Its predecessor, which was killed, counts as online for a while: wait for this one.
+    until(lambda: gated.activated("supernode-00") != activated, 80, lambda: gated.log(NAMES[0]))
+    with gated.control() as control:
+        control.wait_online(NAMES, 80)
     (told,) = gated.run(fab, steps="good")
     assert told["supernode-00"] == GOOD
     assert "is not approved here" in told["supernode-01"]["error"]  # it was not restarted
