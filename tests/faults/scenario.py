@@ -15,7 +15,7 @@ from superlink.errors import SuperLinkError
 from tests.e2e.compose_project import NAMES, ROOT, ComposeProject, until
 
 RUNS = "/medfed/runs"
-ROUNDS = 3
+ROUNDS = 2
 
 # A tiny model on real cards: some seconds of training, in which something can happen.
 CONFIG: Mapping[str, bool | int | float | str] = {
@@ -48,13 +48,9 @@ def line_of(pid):
     return read(pid, "cmdline").replace("\\0", " ")
 
 def fits(pid):
-    line = line_of(pid)
-    if wanted != "ClientApp":
-        return wanted in line and "python3 -c" not in line
-    # A cold one has its own name; a warm one is a fork of the warm process, and has that one's.
-    parent = read(pid, "stat").rpartition(")")[2].split()[1:2]
-    forked = "supernode.warm" in line and parent and "supernode.warm" in line_of(parent[0])
-    return "launcher" not in line and ("flwr-clientapp" in line or forked)
+    if wanted == "ClientApp":  # cold or forked from a warm process, it goes by its name
+        return read(pid, "comm").strip() == "flwr-clientapp"
+    return wanted in line_of(pid) and "python3 -c" not in line_of(pid)
 
 def found():
     return {pid for pid in os.listdir("/proc") if pid.isdecimal() and fits(pid)}
@@ -72,11 +68,13 @@ end = time.monotonic() + 120
 print("waiting", flush=True)
 while time.monotonic() < end:
     for pid in found() - known:
-        while os.path.exists(f"/proc/{pid}") and cpu_seconds(pid) < seconds:
+        while fits(pid) and cpu_seconds(pid) < seconds:
             time.sleep(0.002)
         before = bytes_written(pid)
-        while written and os.path.exists(f"/proc/{pid}") and bytes_written(pid) - before < written:
+        while written and fits(pid) and bytes_written(pid) - before < written:
             pass
+        if not fits(pid):  # it has become somebody else, or ended
+            continue
         line = line_of(pid)
         try:
             os.kill(int(pid), signal.SIGKILL)
