@@ -134,12 +134,8 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor]:
         gates, up = ctx.saved_tensors
-        share = torch.sigmoid(gates)
-        activated = gates * share
-        towards_up = outer[0] * activated
-        # The derivative of silu: share + activated - activated * share.
-        slope = share.addcmul(activated, share, value=-1).add_(activated)
-        return slope.mul_(up).mul_(outer[0]), towards_up
+        towards_gates: Tensor = torch.ops.aten.silu_backward(outer[0] * up, gates)
+        return towards_gates, silu(gates).mul_(outer[0])
 
 
 def rotate(

@@ -45,7 +45,7 @@ WEIGHT_DECAY = 0.0
 
 # Tokens in one forward pass: more are a little quicker and take more memory. For a CPU tried out
 # (`python -m benchmarks.training --micro-batch-tokens N`), for a GPU an estimate.
-MICRO_BATCH_TOKENS = {"cpu": 320, "cuda": 2048}
+MICRO_BATCH_TOKENS = {"cpu": 400, "cuda": 2048}
 
 # Tokens that sharing an opening has to save, for the pass over the opening costs time of its own:
 # that of reading every weight, or of launching every kernel. Estimates.
