@@ -48,9 +48,15 @@ def line_of(pid):
     return read(pid, "cmdline").replace("\\0", " ")
 
 def fits(pid):
-    if wanted == "ClientApp":  # cold or forked from a warm process, it goes by its name
-        return read(pid, "comm").strip() == "flwr-clientapp"
-    return wanted in line_of(pid) and "python3 -c" not in line_of(pid)
+    line = line_of(pid)
+    if wanted != "ClientApp":
+        return wanted in line and "python3 -c" not in line
+    # A cold one has its own name; a warm one is a fork of the warm process, and looks like it;
+    # before either is there, its launcher is.
+    parent = read(pid, "stat").rpartition(")")[2].split()[1:2]
+    forked = "supernode.warm" in line and parent and "supernode.warm" in line_of(parent[0])
+    named = read(pid, "comm").strip() == "flwr-clientapp"
+    return named or forked or (not seconds and "launcher.py" in line)
 
 def found():
     return {pid for pid in os.listdir("/proc") if pid.isdecimal() and fits(pid)}
