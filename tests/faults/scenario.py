@@ -79,6 +79,7 @@ while time.monotonic() < end:
         before = bytes_written(pid)
         while written and fits(pid) and bytes_written(pid) - before < written:
             pass
+        time.sleep(0.01 if written else 0)  # from what it logged last into what it does then
         if not fits(pid):  # it has become somebody else, or ended
             continue
         line = line_of(pid)
@@ -214,7 +215,7 @@ class Scenario:
             service: whose container.
             wanted: ``ClientApp``, or part of a command line.
             seconds: of CPU time that it has to use before it dies.
-            written: bytes that it has to write after that.
+            written: bytes that it has to log after that (sockets do not count).
 
         Returns:
             What the assassin says, in which the process that died is named.

@@ -87,7 +87,7 @@ def noticed_after(scenario: Scenario, run: int, since: float, *kinds: str) -> fl
     [
         pytest.param(0.0, 0, id="before its first heartbeat"),
         pytest.param(1.0, 0, id="in training"),
-        pytest.param(1.0, 6000, id="while it pushes its reply"),
+        pytest.param(1.0, 1, id="while it hands over its reply"),
     ],
 )
 def test_a_killed_clientapp_is_asked_again_at_once(

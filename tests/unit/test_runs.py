@@ -1,0 +1,109 @@
+"""`medfed run`: follow a run to its end, also one that was cut short and goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from medfed import runs
+from medfed.paths import Home
+from superlink.errors import SuperLinkError
+from tests.run_records import write_record
+
+
+class FakeControl:
+    """A SuperLink whose ServerApp writes these events as soon as the run starts."""
+
+    def __init__(self, home, *events, away=0):
+        self.home, self.events, self.away = home, events, away
+        self.overrides = None
+
+    def start_run(self, fab, overrides, *, simulate=None):
+        self.overrides = dict(overrides)
+        folder = self.home.runs / "99"
+        earlier = self.overrides.get("resume-run")
+        if earlier:
+            folder.symlink_to(earlier)
+        else:
+            folder.mkdir(parents=True)
+        with (folder / "events.jsonl").open("a") as log:
+            log.writelines(json.dumps({"time": 0.0, **event}) + "\n" for event in self.events)
+        if any(event["event"] == "finished" for event in self.events):
+            (folder / "summary.json").write_text(json.dumps({"rounds": 3, "adapter": "peft_3"}))
+        return 99
+
+    def run(self, run_id):
+        if self.away:
+            self.away -= 1
+            raise SuperLinkError("nobody answers")
+        return SimpleNamespace(finished=True, status="failed", details="it said why")
+
+
+FINISHED = {"event": "finished", "rounds": 3}
+FAILED = {"event": "failed", "reason": "a full disk"}
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home(tmp_path)
+
+
+def start(control, home, **options):
+    console = Console(file=io.StringIO())
+    outcome = runs.run(control, home, {}, console, **options)
+    return outcome, console.file.getvalue()
+
+
+def cut_short(home):
+    folder = write_record(home.runs / "7", ended=False)
+    with (folder / "events.jsonl").open("a") as log:
+        log.write(json.dumps({"time": 0.0, **FAILED}) + "\n")
+    return folder
+
+
+def test_a_run_that_was_cut_short_goes_on_with_its_own_settings(home):
+    cut_short(home)
+    control = FakeControl(home, {"event": "resumed", "after_round": 3, "restarts": 0}, FINISHED)
+    outcome, shown = start(control, home, resume="7")
+    config = json.loads((home.runs / "7" / "config.json").read_text())
+    assert control.overrides == {**config, "resume-run": "7"}
+    assert outcome.summary["rounds"] == 3
+    assert "going on after round 3" in shown
+
+
+def test_the_last_run_is_meant_by_its_name(home):
+    cut_short(home)
+    control = FakeControl(home, FINISHED)
+    start(control, home, resume="last")
+    assert control.overrides["resume-run"] == "7"
+
+
+def test_a_run_that_ended_well_has_nothing_to_go_on_with(home):
+    write_record(home.runs / "7")
+    with pytest.raises(runs.RunError, match="run 7 finished"):
+        start(FakeControl(home), home, resume="7")
+
+
+def test_a_run_that_fails_says_how_to_go_on(home):
+    with pytest.raises(runs.RunError, match="a full disk") as caught:
+        start(FakeControl(home, FAILED), home)
+    assert "medfed run --resume 99" in caught.value.hint
+
+
+def test_a_superlink_that_is_away_for_a_while_is_waited_for(home, monkeypatch):
+    monkeypatch.setattr("medfed.follow._ASK_S", 0.0)
+    control = FakeControl(home, away=2)
+    with pytest.raises(runs.RunError, match="it said why"):
+        start(control, home)
+    assert control.away == 0
+
+
+def test_a_superlink_that_stays_away_is_an_error(home, monkeypatch):
+    monkeypatch.setattr("medfed.follow._ASK_S", 0.0)
+    monkeypatch.setattr(runs, "_AWAY_S", 0.0)
+    with pytest.raises(SuperLinkError, match="nobody answers"):
+        start(FakeControl(home, away=10**6), home)
