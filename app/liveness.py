@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from app.institutions import Institutions, Sign
 
-LOOK_S = 2.0
+LOOK_S = 1.5
 
 
 @dataclass

@@ -59,7 +59,7 @@ Application = Callable[[Event, Receive, Send], Awaitable[None]]
 Key = tuple[str, int | str]
 
 HOLD_FLEET_S = 20.0  # under the client's 30 s and a gateway's usual 60 s
-HOLD_RUNTIME_S = 5.0  # Flower notices a lost node only when it is asked
+HOLD_RUNTIME_S = 2.0  # between two questions the ServerApp looks who still lives
 SETTLE_S = 10.0  # an upload that takes longer no longer hides its message
 MOST_HELD = 1000
 _PULLS = ("/v1/fleet/pull-messages", "/v1/runtime/pull-messages")

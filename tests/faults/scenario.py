@@ -50,7 +50,7 @@ def line_of(pid):
 def fits(pid):
     line = line_of(pid)
     if wanted != "ClientApp":
-        return wanted in line and "python3 -c" not in line
+        return pid != "1" and wanted in line and "python3 -c" not in line
     # A cold one has its own name; a warm one is a fork of the warm process, and looks like it;
     # before either is there, its launcher is.
     parent = read(pid, "stat").rpartition(")")[2].split()[1:2]
