@@ -153,7 +153,8 @@ class Ledger:
         durable.write(self._file(saved.round, "json"), json.dumps(state, indent=1).encode())
         for flight in self.folder.glob("flight_*"):
             shutil.rmtree(flight, ignore_errors=True)
-        (self.folder / "starts.json").unlink(missing_ok=True)
+        if len(starts := self._starts()) > 1:
+            self._note_starts(starts[-1:])
         for old in self._rounds()[KEPT_ROUNDS:]:
             self._file(old, "json").unlink(missing_ok=True)
             self._file(old, "safetensors").unlink(missing_ok=True)
@@ -163,21 +164,27 @@ class Ledger:
         return Flight(self.folder / f"flight_{server_round}", self._manifest)
 
     def started(self, run_id: int) -> int:
-        """Note a start of the ServerApp; how many this run had since its last finished round.
+        """Note a start of the ServerApp; how many there were, the last round's own counted.
+
+        Starts of a run under another id count for nothing.
 
         Raises:
             AppError: the disk cannot take it.
         """
-        file = self.folder / "starts.json"
-        try:
-            starts: list[dict[str, float]] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            starts = []
-        starts.append({"run_id": run_id, "time": round(time.time(), 3)})
+        starts = [*self._starts(), {"run_id": run_id, "time": round(time.time(), 3)}]
         with durable.disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        durable.write(file, json.dumps(starts).encode())
+        self._note_starts(starts)
         return sum(start["run_id"] == run_id for start in starts)
+
+    def _starts(self) -> list[dict[str, float]]:
+        try:
+            return list(json.loads((self.folder / "starts.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return []
+
+    def _note_starts(self, starts: list[dict[str, float]]) -> None:
+        durable.write(self.folder / "starts.json", json.dumps(starts).encode())
 
     def _rounds(self) -> list[int]:
         found = (re.fullmatch(r"round_(\d+)\.json", file.name) for file in self._files())

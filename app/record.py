@@ -30,6 +30,7 @@ class RunRecord:
         with durable.disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.reopened = False  # it was there already
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -57,7 +58,8 @@ class RunRecord:
         record = cls(folder.resolve())
         record._only_writer()
         known = record.folder / "config.json"
-        if known.is_file():
+        record.reopened = known.is_file()
+        if record.reopened:
             config.check_same(json.loads(known.read_text(encoding="utf-8")))
         else:
             record._write("config.json", config.flat())

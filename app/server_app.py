@@ -154,7 +154,7 @@ def _go_on(
             f"the ServerApp died again in round {saved.round + 1}",
             "its log and the machine's (out of memory?) say why; then medfed run --resume",
         )
-    if restarts or config.resume_run:
+    if record.reopened:
         log(INFO, "Going on after round %d (restart %d)", saved.round, restarts)
         record.event("resumed", after_round=saved.round, restarts=restarts)
     if restarts > 1:

@@ -282,6 +282,7 @@ def install() -> str:
 
         run_id = pull_and_store_message(receive=receive, **arguments)
         if run_id is None:
+            watch.forget_what_did_not_arrive(arguments["state"])
             life.resting()
         return run_id
 

@@ -44,11 +44,30 @@ INTERNALS = {
     },
 }
 _PROGRAM = "flwr-clientapp"
+_OPEN = ("pending", "starting", "running")  # flwr.common.constant.Status
 
 
 def findings() -> list[str]:
     """What the installed Flower does differently from what this file was written for."""
     return internals.findings(INTERNALS)
+
+
+def forget_what_did_not_arrive(state: Any) -> None:
+    """Forget a message whose run was stopped while it was on its way here.
+
+    Stock Flower 1.41 keeps the message and its task. With the next message both are worked on, the
+    wrong reply is taken for its answer, and the right one lies there until a third message comes.
+
+    Args:
+        state: the SuperNode's, when no message is being worked on.
+    """
+    if not state.msg_store:
+        return
+    for message_id in list(state.msg_store):
+        state.delete_messages(message_ids=[message_id])
+        state.object_store.delete(message_id)
+    for task in state.get_tasks(statuses=_OPEN):
+        state.finish_task(task.task_id, "failed", "its message did not arrive")
 
 
 class ClientAppWatch:

@@ -362,13 +362,10 @@ def test_a_full_volume_is_named_and_the_run_goes_on_once_there_is_room(
     run = scenario.start()
     scenario.until_event(run, "round-finished", round=1)
     fill = f"""
-import os
-free = os.statvfs("{RUNS}")
-with open("{filler}", "wb") as file:
+with open("{filler}", "wb", buffering=0) as file:
     try:
         while True:
             file.write(b"0" * 4096)
-            file.flush()
     except OSError as error:
         print(error.strerror)
 """

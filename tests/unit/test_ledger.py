@@ -190,12 +190,12 @@ def test_a_damaged_plan_begins_the_round_anew(ledger):
     assert flight.plan() is None
 
 
-def test_a_finished_round_forgets_its_flight_and_its_starts(ledger):
-    ledger.started(5)
+def test_a_finished_round_forgets_its_flight_and_the_deaths_before_it(ledger):
+    assert [ledger.started(5), ledger.started(5), ledger.started(5)] == [1, 2, 3]
     ledger.flight(1).note(Plan(5))
     ledger.commit(state(1))
     assert ledger.flight(1).plan() is None
-    assert ledger.started(5) == 1
+    assert ledger.started(5) == 2  # the one that finished the round, and this one
 
 
 def test_starts_are_counted_for_each_run_by_itself(ledger):

@@ -243,3 +243,13 @@ def test_a_reply_is_given_out_once_and_when_all_of_it_is_there(node):
 )
 def test_an_end_is_told_in_words(status, words):
     assert watch.how_it_ended(status) == words
+
+
+def test_a_message_whose_run_was_stopped_on_its_way_leaves_nothing_behind(node):
+    node.message()
+    watch.forget_what_did_not_arrive(node.state)
+    assert not node.state.msg_store
+    (task,) = node.state.get_tasks()
+    assert task.status.status == Status.FINISHED
+    assert node.state.get_task_by_token(node.token) is None
+    watch.forget_what_did_not_arrive(node.state)  # and nothing is nothing
