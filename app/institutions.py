@@ -25,14 +25,16 @@ def name_of(partition_id: int) -> str:
 
 
 @dataclass(frozen=True)
-class Sign:
-    """What the SuperLink knows of a SuperNode's life.
+class Presence:
+    """An institution that is online, as the SuperLink sees its SuperNode.
 
     Attributes:
+        node_id: Flower's.
         online_until: seconds since the epoch; every heartbeat moves it.
         activated: when it last connected, as the SuperLink wrote it down.
     """
 
+    node_id: int
     online_until: float
     activated: str
 
@@ -52,8 +54,8 @@ class Institutions:
         roster = os.environ.get(ROSTER_VARIABLE, "")
         self.expected: tuple[str, ...] = tuple(sorted(n for n in roster.split(",") if n))
 
-    def online(self) -> dict[str, int]:
-        """Name → node id of every institution that is online."""
+    def online(self) -> dict[str, Presence]:
+        """Every institution that is online, by name."""
         nodes = list(self._grid.get_nodes())
         unnamed = []
         for node in nodes:
@@ -66,20 +68,20 @@ class Institutions:
                 unnamed.append(node.node_id)
         if unnamed:
             self._names.update(self._ask_for_partitions(unnamed))
-        by_name = {self._names[n.node_id]: n.node_id for n in nodes if n.node_id in self._names}
-        return dict(sorted(by_name.items()))
-
-    def signs(self) -> dict[str, Sign]:
-        """The last sign of life of every institution that is online, by name."""
-        return {
-            self._names[node.node_id]: Sign(node.online_until, node.last_activated_at)
-            for node in self._grid.get_nodes()
+        by_name = {
+            self._names[node.node_id]: Presence(
+                node.node_id, node.online_until, node.last_activated_at
+            )
+            for node in nodes
             if node.node_id in self._names
         }
+        return dict(sorted(by_name.items()))
 
     def known(self) -> tuple[str, ...]:
-        """Everyone who should be there: the roster where the coordinator has one, else who is."""
-        return self.expected or tuple(self.online())
+        """Everyone who should be there: the roster where the coordinator has one, else who was."""
+        if not (self.expected or self._names):
+            self.online()
+        return self.expected or tuple(sorted(set(self._names.values())))
 
     def order(self, seed: int, server_round: int) -> list[str]:
         """All known institutions in the order in which round ``server_round`` asks them."""
@@ -92,7 +94,7 @@ class Institutions:
         needed: Callable[[int], int],
         deadline_s: float,
         on_wait: Callable[[int, int], None],
-    ) -> dict[str, int]:
+    ) -> dict[str, Presence]:
         """Wait until a round can be staffed.
 
         Args:

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from app.institutions import Institutions, Sign
+from app.institutions import Institutions, Presence
 
 LOOK_S = 1.5
 
 
 @dataclass
 class _Watched:
-    sign: Sign | None
+    online_until: float | None
     silent_s: float = 0.0
 
 
@@ -44,13 +44,9 @@ class Liveness:
         self._looked = clock()
         self._watched: dict[str, _Watched] = {}
 
-    def watch(self, name: str) -> str:
-        """Begin anew to listen for a sign; when the institution has last connected."""
-        if not self._institutions.registered:
-            return ""
-        sign = self._institutions.signs().get(name)
-        self._watched[name] = _Watched(sign)
-        return sign.activated if sign else ""
+    def watch(self, name: str, presence: Presence) -> None:
+        """Begin anew to listen for a sign of an institution, which is asked now."""
+        self._watched[name] = _Watched(presence.online_until)
 
     def lost(self, names: Iterable[str], connected: dict[str, str]) -> dict[str, str]:
         """Who of ``names`` is lost, and why; looks at most every ``LOOK_S``.
@@ -65,19 +61,19 @@ class Liveness:
         if not self._institutions.registered or elapsed < LOOK_S:
             return {}
         self._looked = now
-        signs = self._institutions.signs()
+        online = self._institutions.online()
         found = {}
         for name in names:
             watched = self._watched.setdefault(name, _Watched(None))
-            sign = signs.get(name)
-            if sign is None:
+            presence = online.get(name)
+            if presence is None:
                 found[name] = "its SuperNode is offline"
                 continue
-            if connected.get(name, sign.activated) != sign.activated:
+            if connected.get(name, presence.activated) != presence.activated:
                 found[name] = RESTARTED
                 continue
-            if watched.sign is None or sign.online_until != watched.sign.online_until:
-                watched.sign, watched.silent_s = sign, 0.0
+            if presence.online_until != watched.online_until:
+                watched.online_until, watched.silent_s = presence.online_until, 0.0
                 continue
             # If it was us who did not look (a machine that slept), nobody is to blame.
             watched.silent_s += min(elapsed, 2 * LOOK_S)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from logging import INFO, WARNING
 
@@ -19,6 +19,7 @@ from app.checks import ADAPTER, Accepted, BadReplyError, ReplyChecks
 from app.communication import MB, Communication, array_bytes
 from app.config import RoundSettings
 from app.errors import AppError
+from app.institutions import Presence
 from app.ledger import Ledger, Plan
 from app.liveness import LOOK_S, RESTARTED, Liveness
 from app.polling import Mailbox, waits
@@ -250,13 +251,14 @@ class _Gathering:
     def _choose(self) -> None:
         """Ask the first in the seeded order, as many as are missing."""
         missing = self._rounds.strategy.sample_size - len(self.accepted)
-        names = self._candidates()[:missing]
+        online = self._rounds.strategy.institutions.online()
+        names = self._candidates(online)[:missing]
         together = sorted([*self.accepted, *names])
         self._rounds.record.event("round-started", round=self._number, institutions=together)
         for name in sorted(self.accepted):
             self._note(name)
         log(INFO, "[ROUND %d] training at %s", self._number, ", ".join(names) or "nobody")
-        self._ask(sorted(names))
+        self._ask({name: online[name] for name in sorted(names)})
 
     def _go_on(self) -> None:
         """Take up a round that an earlier ServerApp began."""
@@ -284,42 +286,40 @@ class _Gathering:
         for name in waiting:
             if name not in online:
                 self._give_up(name, "its SuperNode is offline")
-        self._ask([name for name in waiting if name in online])
+        self._ask({name: online[name] for name in waiting if name in online})
 
-    def _candidates(self) -> list[str]:
+    def _candidates(self, online: Mapping[str, Presence]) -> list[str]:
         """Who may still be asked, in the round's seeded order."""
-        strategy = self._rounds.strategy
-        online = strategy.institutions.online()
-        order = strategy.order(self._number)
+        order = self._rounds.strategy.order(self._number)
         return [name for name in order if name in online and name not in self.plan.asked]
 
     def _fill_up(self) -> None:
         """Ask others in place of those that are lost, in the seeded order, so many at most."""
-        size = self._rounds.strategy.sample_size
+        strategy = self._rounds.strategy
         while (
-            len(self.accepted) + len(set(self._pending.values())) < size
+            len(self.accepted) + len(set(self._pending.values())) < strategy.sample_size
             and self.plan.replacements < self._rounds.settings.replacements
-            and (candidates := self._candidates())
+            and (candidates := self._candidates(online := strategy.institutions.online()))
         ):
             name = candidates[0]
             self.plan.replacements += 1
             log(WARNING, "[ROUND %d] asking %s instead", self._number, name)
             self._event("asked", name, because="others are lost")
-            self._ask([name])
+            self._ask({name: online[name]})
 
-    def _ask(self, names: list[str]) -> None:
-        if not names:
+    def _ask(self, institutions: Mapping[str, Presence]) -> None:
+        if not institutions:
             return
-        rounds, strategy = self._rounds, self._rounds.strategy
-        online = strategy.institutions.online()
+        rounds = self._rounds
         arrays = ArrayRecord({ADAPTER: Array(self._before)})
         config = ConfigRecord({"manifest": rounds.manifest.to_json()})
-        nodes = [online[name] for name in names]
-        messages = strategy.messages(self._number, arrays, config, nodes)
-        for name in names:
-            self.plan.activated[name] = self._liveness.watch(name)
+        nodes = [presence.node_id for presence in institutions.values()]
+        messages = rounds.strategy.messages(self._number, arrays, config, nodes)
+        for name, presence in institutions.items():
+            self.plan.activated[name] = presence.activated
+            self._liveness.watch(name, presence)
         refused = []
-        for name, message_id in zip(names, rounds.mailbox.send(messages), strict=True):
+        for name, message_id in zip(institutions, rounds.mailbox.send(messages), strict=True):
             self.plan.asked.setdefault(name, [])
             if message_id:
                 self.plan.asked[name].append(message_id)
@@ -381,7 +381,7 @@ class _Gathering:
         if len(self.plan.asked[name]) >= _MOST_ASKED or name not in online:
             return False
         self._event("asked", name, because=why)
-        self._ask([name])
+        self._ask({name: online[name]})
         return True
 
     def _give_up(self, name: str, why: str, *, replace: bool = True) -> None:

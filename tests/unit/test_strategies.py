@@ -70,7 +70,7 @@ def mixed(flower, **options):
 def step(chosen, number, before, *values):
     """One round of a strategy: what it sends out, what it makes of the replies."""
     arrays = ArrayRecord({"adapter": Array(np.full(3, before, np.float32))})
-    nodes = list(chosen.institutions.online().values())[:2]
+    nodes = [one.node_id for one in chosen.institutions.online().values()][:2]
     sent = chosen.messages(number, arrays, ConfigRecord(), nodes)
     assert [message.metadata.dst_node_id for message in sent] == nodes
     aggregated, _ = chosen.aggregate_train(number, replies(*values))
@@ -97,7 +97,7 @@ def test_a_strategy_with_a_memory_goes_on_bit_for_bit(flower, options):
 
 def test_what_a_strategy_adds_to_its_messages_is_sent():
     chosen = mixed(FedProx, proximal_mu=0.5)
-    nodes = list(chosen.institutions.online().values())[:1]
+    nodes = [one.node_id for one in chosen.institutions.online().values()][:1]
     (message,) = chosen.messages(
         1, ArrayRecord({"adapter": Array(np.zeros(3, np.float32))}), ConfigRecord(), nodes
     )
