@@ -98,12 +98,13 @@ def test_both_commands_complete_and_give_the_same_adapter(environment):
     _, deployed = run("local-deployment", environment)
     _, simulated = run("local-simulation", environment)
     assert summary(deployed)["adapter_sha256"] == summary(simulated)["adapter_sha256"]
+    # In whatever order replies came: they are summed in the order of names.
     events = [
-        [
-            (event["event"], event.get("round"), event.get("institution"), event.get("train_loss"))
+        sorted(
+            (event["round"], event["event"], event.get("institution"), event["train_loss"])
             for event in map(json.loads, (folder / "events.jsonl").read_text().splitlines())
             if event["event"] in ("reply", "round-finished")
-        ]
+        )
         for folder in (deployed, simulated)
     ]
     assert events[0] == events[1]
