@@ -11,6 +11,7 @@ import hashlib
 import json
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def healthy(project: ComposeProject, *services: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def gated(provisioned: ComposeProject, tmp_path_factory: pytest.TempPathFactory) -> Gated:
+def gated(provisioned: ComposeProject, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gated]:
     project, folder = provisioned, tmp_path_factory.mktemp("gated")
     fab = folder / "small.fab"
     fab.write_bytes(write_app(folder / "small"))
@@ -110,7 +111,10 @@ def gated(provisioned: ComposeProject, tmp_path_factory: pytest.TempPathFactory)
     healthy(project, *COORDINATOR, *SITES)
     ca = folder / "ca.crt"
     ca.write_text(project.python("superlink", "print(open('/medfed/certs/ca.crt').read())"))
-    return Gated(project, ca, fab.read_bytes())
+    yield Gated(project, ca, fab.read_bytes())
+    # Whoever comes next finds them as they are without this setting.
+    project.compose("up", "--detach", "--no-deps", *SITES)
+    healthy(project, *SITES)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 from flwr.cli.build import build_fab_from_disk
@@ -64,12 +63,11 @@ def everyone_is_back(scenario: Scenario, everyone: set[str]) -> Iterator[None]:
 
 
 def ends_as_if_nothing_had_happened(
-    scenario: Scenario, run: int, undisturbed: Undisturbed
-) -> dict[str, Any]:
-    summary = scenario.until_ended(run)
+    scenario: Scenario, run: int, undisturbed: Undisturbed, *, failures: int = 0
+) -> None:
+    summary = scenario.until_ended(run, failures=failures)
     assert scenario.trainers(run) == undisturbed.trainers
     assert summary["adapter_sha256"] == undisturbed.sha256
-    return summary
 
 
 def noticed_after(scenario: Scenario, run: int, since: float, *kinds: str) -> float:
@@ -377,7 +375,7 @@ with open("{filler}", "wb", buffering=0) as file:
     finally:
         scenario.project.python("superlink", f"import os; os.unlink('{filler}')")
     resumed = scenario.start({"resume-run": str(run)})
-    ends_as_if_nothing_had_happened(scenario, resumed, undisturbed)
+    ends_as_if_nothing_had_happened(scenario, resumed, undisturbed, failures=1)
 
 
 # --- everything ---
