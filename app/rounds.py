@@ -211,6 +211,7 @@ class _Gathering:
         self._rounds, self._number, self._before = rounds, number, before
         self._flight = rounds.ledger.flight(number)
         self._pending: dict[str, str] = {}  # message id → institution
+        self._size = rounds.strategy.sample_size
         institutions = rounds.strategy.institutions
         self._liveness = Liveness(institutions, rounds.settings.silence_s, rounds.clock)
         self.accepted: dict[str, Accepted] = {}
@@ -223,7 +224,7 @@ class _Gathering:
         """Ask and wait until everyone has replied, is lost, or the time is over."""
         rounds = self._rounds
         end = rounds.clock() + rounds.settings.deadline_s
-        if not self.plan.asked:
+        if not self._pending and not self.plan.failed and len(self.accepted) < self._size:
             self._choose()
         self._fill_up()
         while self._pending:
@@ -246,11 +247,10 @@ class _Gathering:
         self.plan.failed.clear()
         self.plan.replacements = 0
         self._flight.note(self.plan)
-        self._choose()
 
     def _choose(self) -> None:
         """Ask the first in the seeded order, as many as are missing."""
-        missing = self._rounds.strategy.sample_size - len(self.accepted)
+        missing = self._size - len(self.accepted)
         online = self._rounds.strategy.institutions.online()
         names = self._candidates(online)[:missing]
         together = sorted([*self.accepted, *names])
@@ -297,7 +297,7 @@ class _Gathering:
         """Ask others in place of those that are lost, in the seeded order, so many at most."""
         strategy = self._rounds.strategy
         while (
-            len(self.accepted) + len(set(self._pending.values())) < strategy.sample_size
+            len(self.accepted) + len(set(self._pending.values())) < self._size
             and self.plan.replacements < self._rounds.settings.replacements
             and (candidates := self._candidates(online := strategy.institutions.online()))
         ):
