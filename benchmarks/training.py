@@ -511,6 +511,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.0, help="in both pipelines")
     parser.add_argument("--quantization", type=int, choices=(0, 4, 8), default=0)
     parser.add_argument("--micro-batch-tokens", type=int, help="ours only")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of each pipeline; a client has one (train.threads)"
+    )
     parser.add_argument("--only-135m", action="store_true", help="leave out the 360M architecture")
     parser.add_argument("--trl", action="store_true", help="measure today's SFTTrainer as well")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -526,6 +529,8 @@ def main(arguments: list[str] | None = None) -> None:
     for path in (options.model / "config.json", options.cards):
         if not path.is_file():
             raise SystemExit(f"error: expected {path}, found nothing\nhint: run medfed prepare")
+    # Each pipeline is a process of its own and takes the number from here, as does this one.
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
     stock = Job(
         pipeline="stock",
         model=str(options.model),
