@@ -183,15 +183,14 @@ class Rounds:
         beyond = max(0, plan.retries - self.settings.retries)
         if not beyond:
             return
-        wait = min(_FIRST_PAUSE_S * 2.0 ** (beyond - 1), _LONGEST_PAUSE_S)
-        paused = _FIRST_PAUSE_S * (2.0**beyond - 1)  # so far, and this wait
-        if paused > self.settings.pause_s:
+        pauses = [min(_FIRST_PAUSE_S * 2.0**n, _LONGEST_PAUSE_S) for n in range(beyond)]
+        if sum(pauses) > self.settings.pause_s:
             raise AppError(
                 f"round {number}: expected {self.settings.min_replies} usable replies within "
                 f"{self.settings.pause_s:g} s of waiting, found fewer ({reasons})",
                 "the state is kept: medfed run --resume goes on once the institutions are back",
             )
-        before, end = set(self.strategy.institutions.online()), self.clock() + wait
+        before, end = set(self.strategy.institutions.online()), self.clock() + pauses[-1]
         for pause in waits(1.0, 5.0):
             left = end - self.clock()
             if left <= 0 or set(self.strategy.institutions.online()) - before:
@@ -278,8 +277,10 @@ class _Gathering:
                     self._pending[message_id] = name
                     self._rounds.mailbox.awaited.add(message_id)
             return
-        # The replies to another run's messages cannot be had.
+        # The replies to another run's messages cannot be had; and who starts another lets it wait
+        # as long as the first.
         plan.run_id = self._rounds.run_id
+        plan.retries = 0
         for name in waiting:
             plan.asked[name] = []
         online = self._rounds.strategy.institutions.online()

@@ -381,6 +381,15 @@ def test_a_pause_that_is_too_long_ends_the_run_and_says_how_to_go_on(tmp_path):
     assert grid.clock.now - 1000.0 <= 900.0
 
 
+def test_a_run_pauses_as_long_as_it_says_and_as_long_again_when_it_is_resumed(tmp_path):
+    grid = FakeGrid(NAMES[:2], train=lambda n, m: error(m, RAISED, "no cards"))
+    for run_id in (1, 2):
+        begun = grid.clock.now
+        with pytest.raises(AppError):
+            Run(grid, tmp_path, run_id=run_id, pause_s=7200.0).round()
+        assert 6900.0 <= grid.clock.now - begun <= 7200.0
+
+
 # --- bad replies ---
 
 
