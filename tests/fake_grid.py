@@ -11,20 +11,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from tests.fake_clock import Clock
+
 NAMES = [f"supernode-{n:02d}" for n in range(20)]
-
-
-class Clock:
-    """Seconds that pass only when somebody sleeps."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.now += seconds
 
 
 @dataclass
@@ -46,7 +35,7 @@ class FakeGrid:
 
     def __init__(self, names=NAMES, *, train=None, named=True, shuffle_seed=0, clock=None):
         self.rng = random.Random(shuffle_seed)
-        self.clock = clock or Clock()
+        self.clock = clock or Clock(1000.0)
         ids = self.rng.sample(range(10**6, 10**9), len(names))
         self.nodes = {name: Node(node_id) for name, node_id in zip(names, ids, strict=True)}
         self.named = named

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from flwr.cli.build import build_fab_from_disk
 
 from superlink.control import Control, Run
 from superlink.errors import SuperLinkError
-from tests.e2e.compose_project import NAMES, ROOT, ComposeProject, until
+from tests.e2e.compose_project import ROOT, ComposeProject, until
 
 RUNS = "/medfed/runs"
 ROUNDS = 2
@@ -252,10 +252,3 @@ class Scenario:
 def elapsed(begun: float) -> float:
     """Seconds since a monotonic moment."""
     return time.monotonic() - begun
-
-
-def healthy(project: ComposeProject) -> Callable[[], bool]:
-    """Whether every container of the federation is healthy."""
-    return lambda: (
-        set(project.health().values()) == {"healthy"} and len(project.health()) >= len(NAMES)
-    )

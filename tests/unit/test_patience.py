@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from supernode import patience
 from supernode.patience import Delivery, Patience
+from tests.fake_clock import Clock
 
 
 def answer(status: int) -> httpx.HTTPStatusError:
@@ -29,19 +30,8 @@ PASSING = [CUT, httpx.ReadTimeout(""), ssl.SSLEOFError(), answer(500), answer(50
 FINAL = [answer(400), answer(404), answer(413), ObjectUnavailableError("o"), ValueError()]
 
 
-class Clock:
-    """Seconds that pass only when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.slept: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += seconds
+class PatientClock(Clock):
+    """A clock that makes patience."""
 
     def patience(self, draw: Callable[[float, float], float] = lambda low, high: high) -> Patience:
         return Patience(self.sleep, self, draw)
@@ -68,7 +58,7 @@ def test_the_installed_flower_is_the_one_this_was_written_for():
 
 @given(st.lists(st.sampled_from(PASSING), max_size=12), st.floats(0, 1))
 def test_what_passes_is_outlasted_with_waits_that_double_to_eight_seconds(troubles, luck):
-    clock, function = Clock(), Failing(*troubles)
+    clock, function = PatientClock(), Failing(*troubles)
     patient = clock.patience(lambda low, high: low + luck * (high - low))
     assert patient.with_("try", function)("this") == ("this",)
     assert len(function.calls) == len(troubles) + 1
@@ -78,14 +68,14 @@ def test_what_passes_is_outlasted_with_waits_that_double_to_eight_seconds(troubl
 
 @pytest.mark.parametrize("trouble", FINAL, ids=repr)
 def test_what_does_not_pass_is_said_at_once(trouble):
-    clock = Clock()
+    clock = PatientClock()
     with pytest.raises(type(trouble)):
         clock.patience().with_("try", Failing(trouble))()
     assert clock.slept == []
 
 
 def test_a_run_that_is_over_is_not_argued_with():
-    clock = Clock()
+    clock = PatientClock()
     forever = clock.patience().with_(
         "try", Failing(RunNotRunningException()), float("inf"), patience.may_pass
     )
@@ -95,7 +85,7 @@ def test_a_run_that_is_over_is_not_argued_with():
 
 
 def test_patience_ends_after_some_minutes():
-    clock, function = Clock(), Failing(*[CUT] * 1000)
+    clock, function = PatientClock(), Failing(*[CUT] * 1000)
     with pytest.raises(httpx.ConnectError):
         clock.patience().with_("try", function)()
     assert patience.PATIENCE_S <= clock.now <= patience.PATIENCE_S + patience.LONGEST_WAIT_S
@@ -107,14 +97,14 @@ def connection(**functions: Any) -> tuple[Any, ...]:
 
 
 def test_messages_are_asked_for_for_ever_whatever_goes_wrong():
-    clock, receive = Clock(), Failing(*[*PASSING, *FINAL] * 100)
+    clock, receive = PatientClock(), Failing(*[*PASSING, *FINAL] * 100)
     _, ask, *_ = patience.around(connection(receive=receive), clock.patience())
     assert ask() == ()
     assert clock.now > 3600
 
 
 def test_a_reply_outlasts_a_gateway_that_restarts():
-    clock, send, push = Clock(), Failing(CUT, answer(500)), Failing(CUT, answer(502), CUT)
+    clock, send, push = PatientClock(), Failing(CUT, answer(500)), Failing(CUT, answer(502), CUT)
     around = patience.around(connection(send=send, push=push), clock.patience())
     assert around[2]("message", "tree", 1.0) == ("message", "tree", 1.0)
     around[6](7, "session", "object", b"content")
@@ -125,7 +115,7 @@ def test_a_reply_outlasts_a_gateway_that_restarts():
 @pytest.mark.parametrize("which", ["get_run", "get_fab"])
 def test_a_message_that_cannot_be_worked_on_does_not_end_the_supernode(which):
     functions = {which: Failing(answer(404))}
-    around = patience.around(connection(**functions), Clock().patience())
+    around = patience.around(connection(**functions), PatientClock().patience())
     with pytest.raises(RunNotRunningException):
         around[3 if which == "get_run" else 4](7, "x")
 
@@ -152,7 +142,7 @@ class SuperLink:
 
 
 def test_an_object_whose_answer_got_lost_is_asked_about_not_sent_twice():
-    clock, superlink = Clock(), SuperLink("a", "b", "c")
+    clock, superlink = PatientClock(), SuperLink("a", "b", "c")
     superlink.answers_lost = 1
     around = patience.around(
         connection(send=superlink.send, push=superlink.push_object), clock.patience()

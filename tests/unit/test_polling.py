@@ -16,21 +16,7 @@ from hypothesis import strategies as st
 
 from app import polling as server_side
 from supernode import polling
-
-
-class Clock:
-    """Seconds that pass only when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.slept: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += seconds
+from tests.fake_clock import Clock
 
 
 def pace(clock: Clock) -> polling.Pace:
@@ -143,7 +129,7 @@ def _instead_of_flower(monkeypatch: pytest.MonkeyPatch, *more: str) -> list[list
 
 
 def test_a_superlink_that_held_the_question_is_asked_again_at_once():
-    clock = Clock()
+    clock = Clock(100.0)
     waiting = pace(clock)
     waiting.asking()
     clock.now += 20
@@ -154,7 +140,7 @@ def test_a_superlink_that_held_the_question_is_asked_again_at_once():
     ("since_message", "wait"), [(0, 0.25), (14, 0.25), (16, 1), (299, 1), (301, 3)]
 )
 def test_a_superlink_that_answers_at_once_is_asked_less_and_less(since_message, wait):
-    clock = Clock()
+    clock = Clock(100.0)
     waiting = pace(clock)
     waiting.message()
     clock.now += since_message
@@ -163,12 +149,12 @@ def test_a_superlink_that_answers_at_once_is_asked_less_and_less(since_message, 
 
 
 def test_a_node_that_never_had_a_message_polls_as_flower_does():
-    assert pace(Clock()).wait() == 3
+    assert pace(Clock(100.0)).wait() == 3
 
 
 @given(st.lists(st.sampled_from(["asking", "message", "pass"]), max_size=30))
 def test_no_wait_is_longer_than_stock_flowers(events):
-    clock = Clock()
+    clock = Clock(100.0)
     waiting = pace(clock)
     for event in events:
         if event == "pass":
@@ -179,7 +165,7 @@ def test_no_wait_is_longer_than_stock_flowers(events):
 
 
 def test_superexec_is_called_when_a_message_has_arrived_and_again_while_its_reply_is_due():
-    clock, bell = Clock(), threading.Event()
+    clock, bell = Clock(100.0), threading.Event()
     node = polling.SuperNodeClock(pace(clock), bell, reply=0.02, ring=0.06, sleep=clock.sleep)
     node.sleep(3)
     assert not bell.is_set()
@@ -193,7 +179,7 @@ def test_superexec_is_called_when_a_message_has_arrived_and_again_while_its_repl
 
 
 def test_superexec_is_called_at_once_for_each_of_two_messages_in_a_row():
-    clock, bell = Clock(), threading.Event()
+    clock, bell = Clock(100.0), threading.Event()
     node = polling.SuperNodeClock(pace(clock), bell, reply=0.02, ring=1, sleep=clock.sleep)
     for _ in range(2):
         node.message_arrived()
@@ -205,7 +191,7 @@ def test_superexec_is_called_at_once_for_each_of_two_messages_in_a_row():
 
 
 def test_the_next_message_is_waited_for_quickly_after_a_reply():
-    clock = Clock()
+    clock = Clock(100.0)
     node = polling.SuperNodeClock(pace(clock), threading.Event(), sleep=clock.sleep)
     node.sleep(0.5)
     node.sleep(3)
@@ -264,32 +250,32 @@ def ask(grid: FakeGrid, nodes: list[int], timeout: float = 60.0) -> list[str]:
 
 
 def test_each_reply_is_given_out_when_it_arrives():
-    clock = Clock()
+    clock = Clock(100.0)
     assert ask(FakeGrid(clock, {"1": 109.0, "2": 102.0}), [1, 2]) == ["2", "1"]
     assert clock.now - 109.0 <= server_side.LONGEST_WAIT_S
 
 
 def test_only_missing_replies_are_asked_for():
-    grid = FakeGrid(Clock(), {"1": 100.0, "2": 101.0})
+    grid = FakeGrid(Clock(100.0), {"1": 100.0, "2": 101.0})
     ask(grid, [1, 2])
     assert grid.pulls[0] == ["1", "2"]
     assert grid.pulls[-1] == ["2"]
 
 
 def test_nobody_waits_longer_than_the_timeout():
-    clock = Clock()
+    clock = Clock(100.0)
     assert ask(FakeGrid(clock, {"1": 1e9}), [1], timeout=10) == []
     assert clock.now == pytest.approx(110)
 
 
 def test_a_refused_message_is_not_waited_for():
-    clock = Clock()
+    clock = Clock(100.0)
     assert ask(FakeGrid(clock, {"1": 100.0}), [1, 2]) == ["1"]
     assert clock.slept == []
 
 
 def test_a_superlink_that_held_the_question_gets_the_next_one_at_once():
-    clock = Clock()
+    clock = Clock(100.0)
     assert ask(FakeGrid(clock, {"1": 112.0}, takes=5.0), [1]) == ["1"]
     assert clock.slept == []
 
