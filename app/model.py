@@ -83,6 +83,7 @@ def load_base(settings: ModelSettings, placement: Placement) -> PreTrainedModel:
     """
     base = _from_warm_process(settings, placement) or _from_files(settings, placement)
     base.config.use_cache = False
+    _keep_as_quantised(base)
     if not settings.quantization:
         base.requires_grad_(False)
         if settings.gradient_checkpointing:
@@ -126,6 +127,18 @@ def _from_files(settings: ModelSettings, placement: Placement) -> PreTrainedMode
     except (OSError, ValueError, ImportError) as error:
         raise _not_loadable(settings.name, error) from error
     return cast(PreTrainedModel, base)
+
+
+def _keep_as_quantised(base: PreTrainedModel) -> None:
+    """Have 4-bit weights stay as they were read, in evaluation too.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 lays them out anew at the first pass in evaluation
+    mode, for a kernel that rounds to bfloat16 and has no gradient; ``state_dict()`` then lays them
+    back with the scales transposed, and from there on every answer is wrong.
+    """
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 @lru_cache(maxsize=1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -32,7 +34,7 @@ def folder(tmp_path_factory):
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=64,
-        intermediate_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -98,6 +100,25 @@ def test_an_adapter_of_another_rank_is_refused_by_name(folder, cpu):
     model = adapted_model(settings(folder), cpu)
     with pytest.raises(AppError, match=r"differs at .*q_proj\.lora_A\.weight: expected \(4, 64\)"):
         load_adapter(model, flat, manifest)
+
+
+def test_a_4_bit_base_answers_alike_before_and_after_an_adapter_is_loaded(folder, cpu):
+    wanted = settings(folder, quantization=4)
+    flat, manifest = initial_adapter(wanted, seed=1)
+    model = attach_adapter(load_base(wanted, cpu), wanted)
+    load_adapter(model, flat, manifest)
+    before = logits(model)
+    load_adapter(model, flat, manifest)
+    assert torch.equal(logits(model), before)
+    assert torch.allclose(before, model.train()(input_ids=torch.arange(8)[None]).logits, atol=1e-5)
+
+
+def test_bitsandbytes_still_asks_each_layer_whether_to_lay_its_weights_out_anew(folder, cpu):
+    layers = load_base(settings(folder, quantization=4), cpu).modules()
+    quantised = [layer for layer in layers if isinstance(layer, Linear4bit)]
+    assert quantised
+    assert not any(layer.support_avx512bf16_for_cpu for layer in quantised)
+    assert "self.support_avx512bf16_for_cpu" in inspect.getsource(Linear4bit.forward)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
