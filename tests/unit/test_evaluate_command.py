@@ -119,3 +119,19 @@ def test_a_report_on_standard_output_is_json_alone(medfed, tiny, tmp_path):
     status, out, _ = medfed(*ask, "--quantization", "0", "--json")
     assert status == 0
     assert json.loads(out)["benchmarks"][0]["n"] == 1
+
+
+def test_an_adapter_answers_alike_whether_or_not_its_base_has_answered_before_it(
+    medfed, tmp_path
+):
+    """Also where bitsandbytes computes 4 bits by its own kernels, which lay weights out anew."""
+    rows = [{**QUESTION, "question": f"Which {n}?"} for n in range(16)]
+    folder = data(tmp_path / "data", "".join(json.dumps(row) + "\n" for row in rows))
+    adapter = save_adapter(tmp_path, tmp_path / "model", hidden=128)
+    ask = ("evaluate", "--adapter", adapter, "--benchmarks", "careqa", "--packed")
+    found = {}
+    for order in ("--base", "--no-base"):
+        status, _, err = medfed(*ask, "--data", folder, order, "--output", tmp_path / order)
+        assert status == 0, err
+        found[order] = (tmp_path / order / "generation_careqa_peft_3.jsonl").read_text()
+    assert found["--base"] == found["--no-base"]
