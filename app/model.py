@@ -138,7 +138,7 @@ def _keep_as_quantised(base: PreTrainedModel) -> None:
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ import time
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,17 +70,26 @@ def run(
         resume: the id of a run to go on with, with its own settings.
 
     Raises:
-        RunError: the run failed or was stopped; the message is the ServerApp's own.
+        RunError: a setting that the app has not; or the run failed or was stopped, and the message
+            is the ServerApp's own.
     """
     from flwr.cli.build import build_fab_from_disk
 
     from medfed.follow import RoundsView, events
 
+    _check_names(overrides)
     ended = 0
     if resume:
         earlier = _unfinished(home, resume)
         overrides = {**earlier.config, **overrides, "resume-run": earlier.folder.resolve().name}
         ended = (earlier.folder / "events.jsonl").stat().st_size
+    for other in control.runs():
+        if not other.finished:
+            console.print(
+                f"run {other.run_id} goes on beside this one, at the same institutions; to end it: "
+                f"flwr stop {other.run_id} local-deployment",
+                soft_wrap=True,
+            )
     run_id = control.start_run(build_fab_from_disk(PROJECT), overrides, simulate=simulate)
     folder = home.runs / str(run_id)
     stream = events(folder / "events.jsonl", _ending(control, run_id, console), ended=ended)
@@ -93,6 +103,19 @@ def run(
         f"flwr log {run_id} local-deployment --show prints the ServerApp's log; what it had "
         f"finished is kept: medfed run --resume {run_id}",
     )
+
+
+def _check_names(overrides: RunConfig) -> None:
+    """Say which setting is none of the app's; a SuperLink would only say that one is."""
+    known = default_config()
+    for name in overrides:
+        if name not in known:
+            near = [one for one in known if one.endswith(f".{name}")]
+            near = near or get_close_matches(name, known, n=1) or [""]
+            raise RunError(
+                f"expected a setting of this app, found {name}",
+                f"perhaps {near[0]}?" if near[0] else "docs/reference.md lists them",
+            )
 
 
 def _unfinished(home: Home, run: str) -> Record:

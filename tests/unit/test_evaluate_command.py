@@ -121,9 +121,7 @@ def test_a_report_on_standard_output_is_json_alone(medfed, tiny, tmp_path):
     assert json.loads(out)["benchmarks"][0]["n"] == 1
 
 
-def test_an_adapter_answers_alike_whether_or_not_its_base_has_answered_before_it(
-    medfed, tmp_path
-):
+def test_an_adapter_answers_alike_whether_or_not_its_base_has_answered_before_it(medfed, tmp_path):
     """Also where bitsandbytes computes 4 bits by its own kernels, which lay weights out anew."""
     rows = [{**QUESTION, "question": f"Which {n}?"} for n in range(16)]
     folder = data(tmp_path / "data", "".join(json.dumps(row) + "\n" for row in rows))

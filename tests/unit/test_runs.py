@@ -21,6 +21,7 @@ class FakeControl:
     def __init__(self, home, *events, away=0):
         self.home, self.events, self.away = home, events, away
         self.overrides = None
+        self.others = []
 
     def start_run(self, fab, overrides, *, simulate=None):
         self.overrides = dict(overrides)
@@ -35,6 +36,9 @@ class FakeControl:
         if any(event["event"] == "finished" for event in self.events):
             (folder / "summary.json").write_text(json.dumps({"rounds": 3, "adapter": "peft_3"}))
         return 99
+
+    def runs(self):
+        return self.others
 
     def run(self, run_id):
         if self.away:
@@ -107,3 +111,30 @@ def test_a_superlink_that_stays_away_is_an_error(home, monkeypatch):
     monkeypatch.setattr(runs, "_AWAY_S", 0.0)
     with pytest.raises(SuperLinkError, match="nobody answers"):
         start(FakeControl(home, away=10**6), home)
+
+
+@pytest.mark.parametrize(
+    ("setting", "meant"),
+    [
+        ("dataset.name", "perhaps static.dataset.name?"),
+        ("train.sead", "perhaps train.seed?"),
+        ("xyz", "docs/reference.md lists them"),
+    ],
+)
+def test_a_setting_that_the_app_has_not_is_named_before_anything_starts(home, setting, meant):
+    control = FakeControl(home, FINISHED)
+    with pytest.raises(runs.RunError, match=f"found {setting}") as caught:
+        runs.run(control, home, {setting: "1"}, Console(file=io.StringIO()))
+    assert caught.value.hint == meant
+    assert control.overrides is None
+
+
+def test_runs_that_go_on_at_the_same_time_are_named(home):
+    control = FakeControl(home, FINISHED)
+    control.others = [
+        SimpleNamespace(run_id=7, finished=False),
+        SimpleNamespace(run_id=6, finished=True),
+    ]
+    _, shown = start(control, home)
+    assert "flwr stop 7 local-deployment" in shown
+    assert "run 6" not in shown
