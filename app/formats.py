@@ -57,12 +57,13 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Half of the claims are true, as in published abstracts, where authors mostly find what they asked.
-VERDICTS = {"yes": 0.5, "no": 0.33, "maybe": 0.17}
+# As often as published papers support the hypothesis that they test: 84 % of them (Fanelli 2010,
+# PLoS ONE 5(4): e10068). A model that cannot tell does best to expect what is usual.
+VERDICTS = {"yes": 0.84, "no": 0.11, "maybe": 0.05}
 
 # Cards that a choice's wrong answers are picked from, and the most words an option may have.
 _CANDIDATES = 16
-_OPTION_WORDS = 14
+_OPTION_WORDS = 6
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 # "Subject is (not) rest." A comma in the subject mostly means a clause with a verb of its own.
@@ -171,8 +172,10 @@ def _option(question: str, sentence: str) -> str:
     start = 0
     while start < len(words) and re.sub(r"[^\w-]", "", words[start]).lower() in asked:
         start += 1
-    kept = words[start:] or words
-    return " ".join(kept[:_OPTION_WORDS]).strip(" ,;:")
+    kept = (words[start:] or words)[:_OPTION_WORDS]
+    while len(kept) > 1 and kept[-1].lower() in _STOP_WORDS:
+        kept.pop()
+    return " ".join(kept).strip(" ,;:")
 
 
 def _content_words(text: str) -> frozenset[str]:
