@@ -105,6 +105,23 @@ def test_no_letter_is_worth_guessing():
     assert min(drawn) > 0.85 * sum(drawn) / 4
 
 
+def test_options_are_as_short_as_an_exams_and_end_with_a_word_that_says_something():
+    rows = deck(40)
+    for number, row in enumerate(rows):
+        row["output"] = f"Loss of stage{number} cells in a part of the body, by the way."
+    questions = with_answer_formats(as_dataset(rows), seed=6, share=1.0)
+    options = [text for row in questions for text in options_of(row).values()]
+    assert {text.split("stage")[0] for text in options} == {"Loss of "}
+    assert {text.split(" ", 3)[-1] for text in options} == {"cells"}
+
+
+def test_a_claim_is_right_as_often_as_in_published_papers():
+    asked = with_answer_formats(as_dataset(deck(2000)), seed=4, share=1.0)
+    verdicts = Counter(row["output"] for row in asked if row["instruction"] == STATEMENT)
+    assert verdicts["yes"] == pytest.approx(0.84 * verdicts.total(), rel=0.1)
+    assert verdicts["no"] > verdicts["maybe"] > 0
+
+
 def test_share_nothing_changes_nothing():
     rows = deck(10)
     assert with_answer_formats(as_dataset(rows), seed=1, share=0.0).to_list() == rows
