@@ -77,7 +77,8 @@ def run(
 
     from medfed.follow import RoundsView, events
 
-    _check_names(overrides)
+    defaults = default_config()
+    _check_names(overrides, defaults)
     ended = 0
     if resume:
         earlier = _unfinished(home, resume)
@@ -92,8 +93,9 @@ def run(
             )
     run_id = control.start_run(build_fab_from_disk(PROJECT), overrides, simulate=simulate)
     folder = home.runs / str(run_id)
+    rounds = int({**defaults, **overrides}["num-server-rounds"])
     stream = events(folder / "events.jsonl", _ending(control, run_id, console), ended=ended)
-    last = RoundsView(console, _rounds(overrides)).show(stream)
+    last = RoundsView(console, rounds).show(stream)
     summary = folder / "summary.json"
     if summary.is_file():
         return Outcome(run_id, folder, json.loads(summary.read_text(encoding="utf-8")))
@@ -105,16 +107,19 @@ def run(
     )
 
 
-def _check_names(overrides: RunConfig) -> None:
-    """Say which setting is none of the app's; a SuperLink would only say that one is."""
-    known = default_config()
+def _check_names(overrides: RunConfig, known: RunConfig) -> None:
+    """Say which setting is none of the app's; a SuperLink would only say that one is.
+
+    Raises:
+        RunError: naming it, and the setting that was probably meant.
+    """
     for name in overrides:
         if name not in known:
             near = [one for one in known if one.endswith(f".{name}")]
-            near = near or get_close_matches(name, known, n=1) or [""]
+            near = near or get_close_matches(name, known, n=1)
             raise RunError(
                 f"expected a setting of this app, found {name}",
-                f"perhaps {near[0]}?" if near[0] else "docs/reference.md lists them",
+                f"perhaps {near[0]}?" if near else "docs/reference.md lists them",
             )
 
 
@@ -167,7 +172,3 @@ def default_config() -> dict[str, bool | float | int | str]:
 
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
     return flatten_dict(project["tool"]["flwr"]["app"]["config"])
-
-
-def _rounds(overrides: RunConfig) -> int:
-    return int({**default_config(), **overrides}["num-server-rounds"])
