@@ -15,6 +15,10 @@ from app.institutions import Institutions, Presence
 
 LOOK_S = 1.5
 
+# A whole project that is started again is back one by one: whom an earlier ServerApp had asked is
+# given so long to appear, so that the same institutions go on with the round.
+RETURN_S = 60.0
+
 
 @dataclass
 class _Watched:
@@ -66,19 +70,21 @@ class Liveness:
         for name in names:
             watched = self._watched.setdefault(name, _Watched(None))
             presence = online.get(name)
-            if presence is None:
-                found[name] = "its SuperNode is offline"
-                continue
-            if connected.get(name, presence.activated) != presence.activated:
-                found[name] = RESTARTED
-                continue
-            if presence.online_until != watched.online_until:
-                watched.online_until, watched.silent_s = presence.online_until, 0.0
-                continue
             # If it was us who did not look (a machine that slept), nobody is to blame.
-            watched.silent_s += min(elapsed, 2 * LOOK_S)
-            if watched.silent_s >= self._silence_s:
-                found[name] = f"no sign of life for {watched.silent_s:.0f} s"
+            silent_s = watched.silent_s + min(elapsed, 2 * LOOK_S)
+            if presence is None:
+                watched.silent_s = silent_s
+                was_seen = watched.online_until is not None
+                if was_seen or silent_s >= max(RETURN_S, self._silence_s):
+                    found[name] = "its SuperNode is offline"
+            elif connected.get(name, presence.activated) != presence.activated:
+                found[name] = RESTARTED
+            elif presence.online_until != watched.online_until:
+                watched.online_until, watched.silent_s = presence.online_until, 0.0
+            else:
+                watched.silent_s = silent_s
+                if silent_s >= self._silence_s:
+                    found[name] = f"no sign of life for {silent_s:.0f} s"
         return found
 
 

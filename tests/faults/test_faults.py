@@ -394,7 +394,8 @@ def test_the_whole_project_stopped_and_started_again_goes_on(
     summary = scenario.until_ended(run)
     trainers = scenario.trainers(run)
     assert trainers[0] == undisturbed.trainers[0], "what was trained before is kept"
+    assert trainers[1] == undisturbed.trainers[1], "who had been asked was waited for"
     assert [len(names) for names in trainers] == [len(names) for names in undisturbed.trainers]
-    # Who is back first is asked; where they are the same institutions, the adapter is the same.
+    # A later round asks who is back by then; where they are the same, the adapter is the same.
     if trainers == undisturbed.trainers:
         assert summary["adapter_sha256"] == undisturbed.sha256

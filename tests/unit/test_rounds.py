@@ -15,6 +15,7 @@ from app.communication import Communication
 from app.errors import AppError
 from app.institutions import Institutions
 from app.ledger import Ledger
+from app.liveness import RESTARTED, RETURN_S
 from app.record import RunRecord
 from app.rounds import Rounds
 from app.strategies import SeededFedAvg
@@ -468,6 +469,42 @@ def test_a_round_in_flight_goes_on_bit_for_bit(tmp_path, replies_seen, run_id):
     # Only messages of another run are lost, and with them only what had not been accepted yet.
     assert len(asked_again) == (2 - replies_seen if run_id == 2 else 0)
     assert not run.events("institution-lost")
+
+
+def died_in_a_round(folder):
+    """A grid on which everything has died with a round in flight, and who was asked in it."""
+    grid = killed_after(0, FakeGrid(train=lambda name, message: None))
+    with pytest.raises(DiedError):
+        Run(grid, folder).round()
+    asked = list(grid.asked)
+    grid.train = lambda name, message: reply(message, [1, 1, 1])
+    return grid, asked
+
+
+def test_who_comes_back_with_the_coordinator_is_waited_for(tmp_path):
+    grid, asked = died_in_a_round(tmp_path)
+
+    def back():
+        grid.nodes[asked[0]].online = True
+        grid.nodes[asked[0]].activated = "2026-01-02T00:00:00"
+
+    grid.nodes[asked[0]].online = False
+    grid.nodes[asked[1]].activated = "2026-01-02T00:00:00"
+    grid.at(40.0, back)
+    run = Run(grid, tmp_path)
+    run.round()
+    assert sorted(run.who("reply")) == sorted(asked)
+    assert {e["reason"] for e in run.events("institution-lost")} == {RESTARTED}
+
+
+def test_who_does_not_come_back_is_replaced_after_a_while(tmp_path):
+    grid, asked = died_in_a_round(tmp_path)
+    grid.nodes[asked[0]].online = False
+    grid.nodes[asked[1]].activated = "2026-01-02T00:00:00"
+    run = Run(grid, tmp_path)
+    assert RETURN_S <= seconds(run) <= RETURN_S + 15
+    assert asked[0] not in run.who("reply")
+    assert len(run.who("reply")) == 2
 
 
 def test_a_superlink_that_lost_a_message_with_its_reply_has_it_answered_anew(tmp_path):
