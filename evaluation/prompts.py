@@ -3,13 +3,15 @@
 Left-padded batches pay for their padding and for a mask as large as the batch. Laid end to end,
 prompts pay for themselves only: the linear layers see one long matrix without a gap in it, and
 attention is computed prompt by prompt, over the keys and values of what all prompts begin with
-(computed once) and its own.
+(computed once) and its own. Of the last layer only each prompt's last row is read, so only that is
+computed, after its keys and values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 PROMPT_ATTENTION = "medfed_prompts"
+
+# Queries that attend together. The kernel computes all scores of a call and then drops those of
+# later tokens: blocks of a long prompt spare most of these.
+_QUERY_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,15 @@ class _Layout:
     """What the attention of one forward pass has to know about it."""
 
     lengths: tuple[int, ...]
+    ends: Tensor
+    last_layer: int
     prefix: dict[int, tuple[Tensor, Tensor]]
-    masks: tuple[Tensor | None, ...]
-    keep: dict[int, tuple[Tensor, Tensor]] | None = None
+    mask: Tensor
+    keep: dict[int, tuple[Tensor, Tensor]] | None
+
+
+# The layout of the pass that this thread is at: each core has a batch of its own.
+_LAYOUT: ContextVar[_Layout] = ContextVar("layout")
 
 
 def why_not(model: Any) -> str | None:
@@ -60,8 +72,7 @@ def read_prefix(model: Any, ids: Sequence[int]) -> Prefix:
     """Compute the keys and values of what all prompts begin with, in ``prompt_attention``."""
     states: dict[int, tuple[Tensor, Tensor]] = {}
     if ids:
-        layout = _Layout((len(ids),), {}, (None,), keep=states)
-        _forward(model, [ids], 0, layout, torch.zeros(1, dtype=torch.int64))
+        _forward(model, [ids], Prefix((), {}), keep=states)
     return Prefix(tuple(ids), states)
 
 
@@ -73,38 +84,42 @@ def next_token_logits(model: Any, prefix: Prefix, prompts: Sequence[Sequence[int
         prefix: what all prompts begin with.
         prompts: what follows in each: at least one token.
     """
-    lengths = tuple(map(len, prompts))
-    masks = _masks(model, lengths, len(prefix.ids))
-    layout = _Layout(lengths, prefix.states, masks)
-    ends = torch.tensor(lengths).cumsum(0) - 1
-    return _forward(model, prompts, len(prefix.ids), layout, ends)
+    return _forward(model, prompts, prefix)
 
 
 def _forward(
-    model: Any, rows: Sequence[Sequence[int]], start: int, layout: _Layout, wanted: Tensor
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    prefix: Prefix,
+    keep: dict[int, tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor([values], dtype=torch.int64, device=model.device)
 
-    logits: Tensor = model(
-        input_ids=tensor([token for row in rows for token in row]),
-        position_ids=tensor([start + i for row in rows for i in range(len(row))]),
-        use_cache=False,
-        logits_to_keep=wanted.to(model.device),
-        prompt_layout=layout,
-    ).logits
+    lengths = tuple(map(len, rows))
+    shared = len(prefix.ids)
+    ends = (torch.tensor(lengths).cumsum(0) - 1).to(model.device)
+    last_layer = _network(model).config.num_hidden_layers - 1
+    mask = _mask(model, max(lengths), shared)
+    layout = _Layout(lengths, ends, last_layer, prefix.states, mask, keep)
+    outer = _LAYOUT.set(layout)
+    try:
+        logits: Tensor = model(
+            input_ids=tensor([token for row in rows for token in row]),
+            position_ids=tensor([shared + i for row in rows for i in range(len(row))]),
+            use_cache=False,
+            logits_to_keep=ends,
+        ).logits
+    finally:
+        _LAYOUT.reset(outer)
     return logits[0]
 
 
-def _masks(model: Any, lengths: Sequence[int], shared: int) -> tuple[Tensor | None, ...]:
-    """What each prompt's tokens may look at: all of the prefix, and no later token of its own."""
-    if not shared:
-        return (None,) * len(lengths)
-    longest = max(lengths)
-    lower = torch.ones(longest, shared + longest, dtype=torch.bool).tril(shared)
-    mask = torch.zeros(lower.shape, dtype=model.dtype).masked_fill_(~lower, float("-inf"))
-    mask = mask.to(model.device)
-    return tuple(mask[:n, : shared + n] for n in lengths)
+def _mask(model: Any, longest: int, shared: int) -> Tensor:
+    """What a prompt's tokens may look at: all of the prefix, and no later token of its own."""
+    allowed = torch.ones(longest, shared + longest, dtype=torch.bool).tril(shared)
+    mask = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill_(~allowed, float("-inf"))
+    return mask.to(model.device)
 
 
 def _attend(
@@ -114,29 +129,40 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    prompt_layout: _Layout,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each prompt: (1, heads, tokens, dim) to (1, tokens, heads, dim)."""
+    layout = _LAYOUT.get()
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if prompt_layout.keep is not None:
-        prompt_layout.keep[layer] = (key, value)
-    grouped = query.shape[1] != key.shape[1]
+    if layout.keep is not None:
+        layout.keep[layer] = (key, value)
+    block = _QUERY_ROWS if query.device.type == "cpu" else query.shape[2]
     prompts = zip(
-        query.split(prompt_layout.lengths, dim=2),
-        _after(prompt_layout, layer, 0, key),
-        _after(prompt_layout, layer, 1, value),
-        prompt_layout.masks,
+        query.split(layout.lengths, dim=2),
+        _after(layout, layer, 0, key),
+        _after(layout, layer, 1, value),
         strict=True,
     )
-    attended = [
-        scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-        ).transpose(1, 2)
-        for q, k, v, mask in prompts
-    ]
-    return torch.cat(attended, dim=1), None
+    attended = []
+    for q, k, v in prompts:
+        tokens = q.shape[2]
+        first = tokens - 1 if layer == layout.last_layer else 0
+        attended.append(q.new_zeros(q[:, :, :first].shape))
+        for start in range(first, tokens, block):
+            end = min(start + block, tokens)
+            seen = k.shape[2] - tokens + end
+            attended.append(
+                scaled_dot_product_attention(
+                    q[:, :, start:end],
+                    k[:, :, :seen],
+                    v[:, :, :seen],
+                    attn_mask=layout.mask[start:end, :seen],
+                    scale=scaling,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
+            )
+    return torch.cat(attended, dim=2).transpose(1, 2), None
 
 
 def _after(layout: _Layout, layer: int, which: int, states: Tensor) -> list[Tensor]:
@@ -163,6 +189,33 @@ def prompt_attention(model: Any) -> Iterator[None]:
     before = network.config._attn_implementation
     network.set_attn_implementation(PROMPT_ATTENTION)
     try:
-        yield
+        with _last_rows_only(network):
+            yield
     finally:
         network.set_attn_implementation(before)
+
+
+@contextmanager
+def _last_rows_only(network: Any) -> Iterator[None]:
+    """Let the last layer's MLP see only the rows whose logits are wanted, and fill in zeros."""
+    layers = getattr(network.get_decoder(), "layers", [None])
+    mlp: Any = getattr(layers[-1], "mlp", None)
+    if not type(mlp).__name__.endswith("MLP"):  # a mixture of experts returns more than rows
+        yield
+        return
+
+    def narrow(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0][:, _LAYOUT.get().ends],)
+
+    def widen(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        layout = _LAYOUT.get()
+        full = output.new_zeros(1, sum(layout.lengths), output.shape[-1])
+        full[:, layout.ends] = output
+        return full
+
+    hooks = (mlp.register_forward_pre_hook(narrow), mlp.register_forward_hook(widen))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
