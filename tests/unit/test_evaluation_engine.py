@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import random
@@ -26,6 +27,7 @@ from evaluation.generate import (
 )
 from evaluation.journal import Journal
 from evaluation.model import load_subject, with_adapter
+from evaluation.prompts import next_token_logits, prompt_attention, read_prefix
 from evaluation.run import Plan, as_generations, evaluate, requests_for
 from evaluation.scorer import read_generations
 from evaluation.task import Question, wrap
@@ -81,6 +83,20 @@ def test_scores_do_not_depend_on_the_company(subject):
     for n, request in enumerate(requests):
         alone = all_answers(Engine(subject, OPTIONS), [request])[0]
         assert together[n].scores == pytest.approx(alone.scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("shared", [0, 5], ids=["nothing shared", "a shared beginning"])
+def test_logits_of_prompts_end_to_end_are_the_models_own(subject, shared):
+    model = copy.deepcopy(subject.model).double()  # so that one score too few would be seen
+    beginning = [7] * shared
+    rows = [[n % 97 + 3 for n in range(start, start + length)]
+            for start, length in ((0, 1), (5, 63), (11, 64), (3, 65), (2, 900))]  # fmt: skip
+    with torch.inference_mode():
+        own = [model(torch.tensor([beginning + row])).logits[0, -1] for row in rows]
+        with prompt_attention(model):
+            found = next_token_logits(model, read_prefix(model, beginning), rows)
+    torch.testing.assert_close(found, torch.stack(own), atol=1e-9, rtol=0)
+    assert found.std() > 0.1
 
 
 def test_what_is_too_close_to_call_is_asked_alone(subject):
