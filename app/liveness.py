@@ -15,14 +15,16 @@ from app.institutions import Institutions, Presence
 
 LOOK_S = 1.5
 
-# A whole project that is started again is back one by one: whom an earlier ServerApp had asked is
-# given so long to appear, so that the same institutions go on with the round.
+# A whole project that is started again is back one by one, and its SuperLink remembers who was
+# online before: whom an earlier ServerApp had asked is given so long until its first sign of life,
+# so that the same institutions go on with the round.
 RETURN_S = 60.0
 
 
 @dataclass
 class _Watched:
     online_until: float | None
+    alive: bool = True
     silent_s: float = 0.0
 
 
@@ -68,22 +70,22 @@ class Liveness:
         online = self._institutions.online()
         found = {}
         for name in names:
-            watched = self._watched.setdefault(name, _Watched(None))
+            watched = self._watched.setdefault(name, _Watched(None, alive=False))
             presence = online.get(name)
+            patience_s = self._silence_s if watched.alive else max(RETURN_S, self._silence_s)
             # If it was us who did not look (a machine that slept), nobody is to blame.
             silent_s = watched.silent_s + min(elapsed, 2 * LOOK_S)
             if presence is None:
                 watched.silent_s = silent_s
-                was_seen = watched.online_until is not None
-                if was_seen or silent_s >= max(RETURN_S, self._silence_s):
+                if watched.alive or silent_s >= patience_s:
                     found[name] = "its SuperNode is offline"
             elif connected.get(name, presence.activated) != presence.activated:
                 found[name] = RESTARTED
-            elif presence.online_until != watched.online_until:
-                watched.online_until, watched.silent_s = presence.online_until, 0.0
+            elif watched.online_until not in (None, presence.online_until):
+                self.watch(name, presence)
             else:
-                watched.silent_s = silent_s
-                if silent_s >= self._silence_s:
+                watched.online_until, watched.silent_s = presence.online_until, silent_s
+                if silent_s >= patience_s:
                     found[name] = f"no sign of life for {silent_s:.0f} s"
         return found
 

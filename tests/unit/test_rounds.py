@@ -481,14 +481,17 @@ def died_in_a_round(folder):
     return grid, asked
 
 
-def test_who_comes_back_with_the_coordinator_is_waited_for(tmp_path):
+@pytest.mark.parametrize("remembered_s", [0, 20], ids=["offline", "taken for online at first"])
+def test_who_comes_back_with_the_coordinator_is_waited_for(tmp_path, remembered_s):
     grid, asked = died_in_a_round(tmp_path)
+    node = grid.nodes[asked[0]]
 
     def back():
-        grid.nodes[asked[0]].online = True
-        grid.nodes[asked[0]].activated = "2026-01-02T00:00:00"
+        node.online, node.silent_since = True, None
+        node.activated = "2026-01-02T00:00:00"
 
-    grid.nodes[asked[0]].online = False
+    node.silent_since = grid.clock.now
+    grid.at(remembered_s, lambda: setattr(node, "online", False))
     grid.nodes[asked[1]].activated = "2026-01-02T00:00:00"
     grid.at(40.0, back)
     run = Run(grid, tmp_path)
@@ -497,14 +500,25 @@ def test_who_comes_back_with_the_coordinator_is_waited_for(tmp_path):
     assert {e["reason"] for e in run.events("institution-lost")} == {RESTARTED}
 
 
-def test_who_does_not_come_back_is_replaced_after_a_while(tmp_path):
+@pytest.mark.parametrize("online", [False, True], ids=["offline", "taken for online for ever"])
+def test_who_does_not_come_back_is_replaced_after_a_while(tmp_path, online):
     grid, asked = died_in_a_round(tmp_path)
-    grid.nodes[asked[0]].online = False
+    grid.nodes[asked[0]].online = online
+    grid.nodes[asked[0]].silent_since = grid.clock.now
     grid.nodes[asked[1]].activated = "2026-01-02T00:00:00"
     run = Run(grid, tmp_path)
     assert RETURN_S <= seconds(run) <= RETURN_S + 15
     assert asked[0] not in run.who("reply")
     assert len(run.who("reply")) == 2
+
+
+def test_who_gave_a_sign_to_this_coordinator_is_not_waited_for_longer(tmp_path):
+    grid, asked = died_in_a_round(tmp_path)
+    grid.nodes[asked[1]].activated = "2026-01-02T00:00:00"
+    grid.at(8.0, lambda: setattr(grid.nodes[asked[0]], "silent_since", grid.clock.now))
+    run = Run(grid, tmp_path, silence_s=10.0)
+    assert seconds(run) <= 8.0 + 15.0
+    assert asked[0] not in run.who("reply")
 
 
 def test_a_superlink_that_lost_a_message_with_its_reply_has_it_answered_anew(tmp_path):
