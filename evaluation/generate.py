@@ -40,7 +40,7 @@ from evaluation.task import wrap
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Logits of a batch differ from those of a lone prompt by rounding, in float32 by some 2e-5
+# Logits of a batch differ from those of a lone prompt by rounding, in float32 by some 4e-5
 # (docs/evaluation.md has the measurement). A choice decided by less than this is made alone.
 NEAR_TIE = 2e-3
 
