@@ -34,7 +34,8 @@ class Liveness:
     Args:
         institutions: where signs of life come from; a simulation has none, so there nobody is
             ever silent.
-        silence_s: seconds without a sign after which an institution counts as lost.
+        silence_s: seconds without a sign after which an institution counts as lost; one that was
+            never asked by way of ``watch`` has at least ``RETURN_S`` for its first.
         clock: monotonic seconds.
     """
 

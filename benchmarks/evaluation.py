@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -28,13 +29,16 @@ from typing import Any
 import torch
 
 from evaluation.catalogue import tasks
-from evaluation.generate import Answer, Engine, Request, one_by_one, shared_prefix
+from evaluation.generate import NEAR_TIE, Answer, Engine, Request, one_by_one, shared_prefix
 from evaluation.model import Subject, load_subject
 from evaluation.run import requests_for
 from evaluation.sources import rows_of
 from evaluation.task import Task, wrap
 
 RESULTS = Path(__file__).parent / "results"
+
+# Prompts of each benchmark whose scores are computed alone as well, to see what batches change.
+ROUNDING_PROMPTS = 20
 
 
 def main() -> None:
@@ -112,6 +116,7 @@ def _compare(
         "seconds": seconds,
         "cpu_seconds": cpu,
         "decided_alone": sum(answer.alone for answer in answers),
+        "rounding": _rounding(task, fast, requests[:ROUNDING_PROMPTS], answers),
         "loops": {},
     }
     for name, subject in loops.items():
@@ -127,11 +132,24 @@ def _compare(
     return row
 
 
-def _all(task: Task, subject: Subject, requests: list[Request]) -> list[Answer]:
+def _all(
+    task: Task, subject: Subject, requests: list[Request], near_tie: float = NEAR_TIE
+) -> list[Answer]:
     found: dict[int, Answer] = {}
-    for batch in Engine(subject, task.answers).answers(requests):
+    for batch in Engine(subject, task.answers, near_tie=near_tie).answers(requests):
         found |= batch
     return [found[n] for n in range(len(requests))]
+
+
+def _rounding(
+    task: Task, subject: Subject, requests: list[Request], answers: list[Answer]
+) -> float:
+    """The furthest that an option's score in ``answers`` is from that of its prompt alone."""
+    alone = _all(task, subject, requests, near_tie=math.inf)
+    pairs = zip(answers, alone, strict=False)  # requests may be the first ones only
+    return max(
+        abs(one - other) for a, b in pairs for one, other in zip(a.scores, b.scores, strict=True)
+    )
 
 
 def _one_by_one(subject: Subject, requests: list[Request]) -> list[str]:

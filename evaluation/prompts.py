@@ -3,8 +3,8 @@
 Left-padded batches pay for their padding and for a mask as large as the batch. Laid end to end,
 prompts pay for themselves only: the linear layers see one long matrix without a gap in it, and
 attention is computed prompt by prompt, over the keys and values of what all prompts begin with
-(computed once) and its own. Of the last layer only each prompt's last row is read, so only that is
-computed, after its keys and values.
+(computed once) and its own. Of the last layer only each prompt's last row is read, so only there do
+its attention and its MLP compute anything.
 """
 
 from __future__ import annotations
