@@ -18,7 +18,7 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from flwr.common import log
 
-from app import adapter
+from app.adapter import layout
 from app.config import RunConfig
 from app.errors import log_app_errors_on_one_line
 from app.quiet import quiet_libraries
@@ -42,33 +42,35 @@ def train(message: Message, context: Context) -> Message:
     started = time.monotonic()
     config = RunConfig.parse(context.run_config)
 
-    from app import data, training  # torch and the rest: only when there is work
-    from app.device import place
-    from app.formats import with_answer_formats
-    from app.model import adapted_model, flat_adapter, load_adapter, load_tokenizer
+    from app.cards import rows, tokens  # torch and the rest: only when there is work
+    from app.cards.exam_formats import with_answer_formats
+    from app.cards.partitions import cards_of_node
+    from app.training import loop
+    from app.training.device import place
+    from app.training.model import adapted_model, flat_adapter, load_adapter, load_tokenizer
 
     partition_id = int(context.node_config["partition-id"])
     round_config = message.content.config_records["config"]
     server_round = int(str(round_config["server-round"]))
-    partition = data.load_partition(context.node_config, config.dataset_name)
+    partition = cards_of_node(context.node_config, config.dataset_name)
     partition = with_answer_formats(
         partition,
         seed=derive(config.train.seed, "formats", partition_id),
         share=config.train.answer_formats,
     )
     tokenizer = load_tokenizer(config.model.name)
-    examples = data.tokenize(partition, tokenizer, config.train.seq_length)
+    examples = tokens.tokenize(partition, tokenizer, config.train.seq_length)
 
     placement = place(context.node_config, config.train.threads)
     log(INFO, "%s", placement)
-    manifest = adapter.Manifest.from_json(str(round_config["manifest"]))
+    manifest = layout.Manifest.from_json(str(round_config["manifest"]))
     received = message.content.array_records["arrays"]["adapter"].numpy()
     # The reference trains on the same cards in every round; a fresh order is a setting.
     order_round = server_round if config.train.dynamic_data_seed else 0
     with placement.enforced():
         model = adapted_model(config.model, placement)
         load_adapter(model, received, manifest)
-        result = training.train(
+        result = loop.train(
             model,
             examples,
             steps=config.train.max_steps,
@@ -83,7 +85,7 @@ def train(message: Message, context: Context) -> Message:
     metrics = MetricRecord(
         {
             "num-examples": len(examples),
-            "partition-fingerprint": data.fingerprint(partition),
+            "partition-fingerprint": rows.fingerprint(partition),
             "train-loss": result.loss,
             "train-seconds": result.seconds,
             "total-seconds": time.monotonic() - started,
@@ -92,6 +94,6 @@ def train(message: Message, context: Context) -> Message:
             "threads": placement.threads,
         }
     )
-    log(INFO, "loss %.4f, adapter %s", result.loss, adapter.digest(flat)[:12])
+    log(INFO, "loss %.4f, adapter %s", result.loss, layout.digest(flat)[:12])
     arrays = ArrayRecord({"adapter": Array(np.ascontiguousarray(flat))})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)

@@ -10,20 +10,20 @@ from flwr.app import Context
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
-from app import adapter
-from app.adapter import Manifest
-from app.checkpoint import save_checkpoint
-from app.checks import ReplyChecks
-from app.communication import Communication
+from app.adapter import layout
+from app.adapter.checkpoint import save_checkpoint
+from app.adapter.layout import Manifest
 from app.config import RunConfig
 from app.errors import AppError, log_app_errors_on_one_line
-from app.institutions import Institutions
-from app.ledger import Ledger, Saved
-from app.provenance import provenance
 from app.quiet import quiet_libraries
-from app.record import RunRecord
-from app.rounds import Rounds
-from app.strategies import strategy as strategy_of
+from app.server.communication import Communication
+from app.server.institutions import Institutions
+from app.server.ledger import Ledger, Saved
+from app.server.provenance import provenance
+from app.server.reply_checks import ReplyChecks
+from app.server.rounds import Rounds
+from app.server.run_record import RunRecord
+from app.server.strategies import strategy as strategy_of
 
 app = ServerApp()
 
@@ -50,8 +50,8 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run(run_id: int, grid: Grid, config: RunConfig, record: RunRecord) -> None:
-    from app.holdout import Holdout  # torch: only once the config is known to be good
-    from app.model import initial_adapter
+    from app.server.holdout import Holdout  # torch: only once the config is known to be good
+    from app.training.model import initial_adapter
 
     flat, manifest = initial_adapter(config.model, config.train.seed)
     ledger = Ledger(record.folder / "ledger", manifest)
@@ -118,7 +118,7 @@ def _run(run_id: int, grid: Grid, config: RunConfig, record: RunRecord) -> None:
     record.finish(
         rounds=config.num_rounds,
         adapter=f"peft_{config.num_rounds}",
-        adapter_sha256=adapter.digest(flat),
+        adapter_sha256=layout.digest(flat),
         manifest_sha256=manifest.digest,
         bytes=communication.total,
         holdout_loss_before=before,

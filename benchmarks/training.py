@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from app.cards import Example
+    from app.cards.tokens import Example
 
 EQUAL = 1e-5  # nats; as far apart as two roundings of the same mathematics may be
 WANTED_SPEED, WANTED_MEMORY = 2.8, 0.35
@@ -102,7 +102,7 @@ def read_examples(job: Job) -> list[Example]:
     """The job's cards as tokens: of the real tokenizer, in the template of the reference."""
     from transformers import AutoTokenizer
 
-    from app.cards import Example, card_text, tokenize_texts
+    from app.cards.tokens import Example, card_text, tokenize_texts
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(job.tokenizer)
     with Path(job.cards).open() as lines:
@@ -124,7 +124,7 @@ def load_model(job: Job) -> PeftModel:
     from peft.utils import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from app.device import place
+    from app.training.device import place
 
     placement = place({})
     quantization = {
@@ -186,7 +186,7 @@ def _save_random_model(name: str, folder: Path, dtype: Any) -> None:
 
 def train_ours(job: Job, model: PeftModel, examples: list[Example], report: Report) -> None:
     """app.training, as a ClientApp calls it."""
-    from app.training import train
+    from app.training.loop import train
 
     train(
         model,
@@ -233,7 +233,7 @@ def _reporter(report: Report) -> Any:
 def train_stock(job: Job, model: PeftModel, examples: list[Example], report: Report) -> None:
     """The reference's way: Trainer, and labels as TRL's DataCollatorForCompletionOnlyLM made them.
 
-    That collator left TRL in 0.20; its labels are those of ``app.cards``.
+    That collator left TRL in 0.20; its labels are those of ``app.cards.tokens``.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -304,8 +304,8 @@ def measure(job: Job, report: Report) -> dict[str, Any]:
     Examples and tokens a second leave out the first step, in which every pipeline meets its memory
     for the first time. Tokens are those of the cards, padding not counted.
     """
-    from app.device import PeakMemory
-    from app.training import step_batches
+    from app.training.device import PeakMemory
+    from app.training.loop import step_batches
 
     examples = read_examples(job)
     model = load_model(job)

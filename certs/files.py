@@ -82,3 +82,16 @@ def read_private(path: Path) -> bytes | None:
             f"chmod 600 {path}, and if others could have read it, delete it and issue a new one",
         )
     return content
+
+
+def check_name(name: str) -> None:
+    """Check that a SuperNode's name can be a file's.
+
+    Raises:
+        CertsError: it cannot.
+    """
+    if not name or not name.isascii() or name in {".", ".."} or set(name) & set("/\\ \t\r\n"):
+        raise CertsError(
+            f"expected a SuperNode's name that can be a file's, found {name!r}",
+            "letters, digits and '-', for example supernode-07",
+        )

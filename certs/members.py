@@ -16,7 +16,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from . import files, keys
 from .errors import CertsError
-from .store import check_name
 
 FILE_NAME = "revoked.json"
 
@@ -76,7 +75,7 @@ def revoke(folder: Path, name: str, reason: str = "") -> Revocation:
     Raises:
         CertsError: there is no such institution, or the folder cannot be written.
     """
-    check_name(name)
+    files.check_name(name)
     known = revocations(folder)
     path = _public_path(folder, name)
     content = files.read(path)
@@ -118,7 +117,7 @@ def enrol(folder: Path, name: str, public_key: Path, readmit: bool = False) -> s
     Raises:
         CertsError: it is no such key, a revoked one, another institution's, or the name is taken.
     """
-    check_name(name)
+    files.check_name(name)
     content = files.read(public_key)
     if content is None:
         raise CertsError(

@@ -22,7 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from . import files, keys, pki
+from . import files, keys, members, pki
 from .errors import CertsError
 
 Kind = Literal["ca", "superlink", "operator", "supernode"]
@@ -79,8 +79,6 @@ def issue(folder: Path, names: Sequence[str], sans: Iterable[str] = ()) -> Issue
     Raises:
         CertsError: the folder is not writable, or something in it is not what it should be.
     """
-    from . import members  # it reads this folder too
-
     files.make_folder(folder)
     files.make_folder(folder / "supernodes")
     actions: list[str] = []
@@ -256,21 +254,8 @@ def _leaf(
     actions.append(f"{reason}, valid until {fresh.not_valid_after_utc:%Y-%m-%d}")
 
 
-def check_name(name: str) -> None:
-    """Check that a SuperNode's name can be a file's.
-
-    Raises:
-        CertsError: it cannot.
-    """
-    if not name or not name.isascii() or name in {".", ".."} or set(name) & set("/\\ \t\r\n"):
-        raise CertsError(
-            f"expected a SuperNode's name that can be a file's, found {name!r}",
-            "letters, digits and '-', for example supernode-07",
-        )
-
-
 def _supernode(folder: Path, name: str, actions: list[str]) -> None:
-    check_name(name)
+    files.check_name(name)
     key_path, public_path = folder / f"{name}.key", folder / f"{name}.pub"
     private, public = files.read_private(key_path), files.read(public_path)
     if private is None and public is not None:

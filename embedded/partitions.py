@@ -17,8 +17,8 @@ def prepare(
 ) -> bool:
     """Have ``partitions/NAME/train.jsonl`` for every SuperNode.
 
-    The rows are those of ``app.data.partition``, so a SuperNode with this folder trains on what
-    it would have cut from the dataset itself.
+    The rows are those of the dataset's own partitions (``app.cards.dataset``), so a SuperNode with
+    this folder trains on what it would have cut from the dataset itself.
 
     Args:
         partitions: ``$MEDFED_HOME/partitions``; ``ORIGIN.json`` goes there, beside the folders.
@@ -32,36 +32,26 @@ def prepare(
     Raises:
         AppError: the dataset cannot be had, or has fewer cards than there are SuperNodes.
     """
+    from app.cards.dataset import resolve
+
+    dataset = resolve(dataset_name)
     facts = {
         "dataset": dataset_name,
-        "source": _source(dataset_name),
+        "source": [
+            {"file": file, "size": size, "mtime_ns": changed}
+            for file, size, changed in dataset.files(("train",))
+        ],
         "partitions": dict(ids),
         "cut": "flwr-datasets IidPartitioner after a shuffle with seed 42 "
         "and, where there is no test split, 2 % set aside",
     }
     if origin.holds(partitions, facts):
         return False
-    from app.data import partition
-
     files = []
     for name, partition_id in ids.items():
-        cards = partition(dataset_name, len(ids), partition_id)
+        cards = dataset.partition(len(ids), partition_id)
         files.append(partitions / name / "train.jsonl")
         write_file(files[-1], jsonl(dict(card) for card in cards))
         done(name, len(cards))
     origin.record(partitions, facts, files)
     return True
-
-
-def _source(dataset_name: str) -> list[dict[str, object]]:
-    """What changes when a local dataset does; empty for one on the hub, which goes by its name."""
-    from app.data import split_files
-    from app.places import local_folder
-
-    folder = local_folder("datasets", dataset_name)
-    if folder is None:
-        return []
-    return [
-        {"file": str(file), "size": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
-        for file in split_files(dataset_name, folder, "train")
-    ]

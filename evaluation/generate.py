@@ -6,7 +6,7 @@ The leaderboard asks one by one. What makes this faster changes no answer:
   and every batch starts from them.
 - Prompts of similar length share a forward pass, laid end to end (``evaluation.prompts``); logits
   exist for the last position of each only, where the answer's first token is chosen.
-- What lies between the matrix products is done in place (``app.fused``).
+- What lies between the matrix products is done in place (``app.training.fused``).
 - That same position tells how the model ranks the answers it was offered, at no further cost.
 
 Another batch means other rounding in the last bits of a logit, and a choice between two nearly
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from app.fused import fused
+from app.training.fused import fused
 from evaluation.errors import EvaluationError
 from evaluation.model import Subject
 from evaluation.prompts import (

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from app.model import model_source
+from app.training.model import model_source
 from evaluation.errors import EvaluationError
 
 if TYPE_CHECKING:

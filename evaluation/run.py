@@ -101,7 +101,8 @@ def evaluate(plan: Plan, on_progress: OnProgress = lambda _: None) -> dict[str, 
         base = _answer_all(plan, "base model", subject, questions, on_progress)
     if plan.adapter is not None:
         if subject.packed and base:
-            # bitsandbytes' weights that have answered do not survive PEFT's loading (app/model.py).
+            # bitsandbytes' weights that have answered do not survive PEFT's loading
+            # (app/training/model.py).
             subject = load_subject(plan.model, plan.quantization, unpack=not plan.packed)
         subject = with_adapter(subject, plan.adapter, plan.model, any_base=plan.any_base)
         tuned = _answer_all(plan, "adapter", subject, questions, on_progress)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from app.communication import BUDGET_MB, MB
+from app.server.communication import BUDGET_MB, MB
 from medfed.errors import MedfedError
 from medfed.paths import Home
 from medfed.records import Record

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from app.adapter import TENSOR_DIGITS
+from app.adapter.layout import TENSOR_DIGITS
 from embedded.files import write_file
 from medfed import composed, engines, records
 from medfed.errors import MedfedError

@@ -1,4 +1,4 @@
-"""Reading the records that runs leave behind (``app/record.py`` writes them)."""
+"""Reading the records that runs leave behind (``app/server/run_record.py`` writes them)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Reply:
     Attributes:
         institution: its name.
         adapter_sha256: of the adapter that it sent.
-        tensor_digests: see ``app.adapter.tensor_digests``.
+        tensor_digests: see ``app.adapter.layout.tensor_digests``.
         metrics: the numbers of its reply, by name.
     """
 
@@ -64,7 +64,7 @@ class Record:
     Attributes:
         folder: where it is.
         config: the resolved run config, flat, by the run config's own keys.
-        provenance: see ``app.provenance``.
+        provenance: see ``app.server.provenance``.
         rounds: the finished rounds, in order.
         summary: ``summary.json``; None for a run that has not ended well.
         events: every event, in order.

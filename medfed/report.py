@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from app.communication import MB
+from app.server.communication import MB
 from embedded.files import write_file
 from medfed.communication import of_run
 from medfed.errors import MedfedError

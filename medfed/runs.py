@@ -36,7 +36,7 @@ class Outcome:
 
     Attributes:
         run_id: Flower's id of the run.
-        folder: its record, see ``app.record``.
+        folder: its record, see ``app.server.run_record``.
         summary: the record's ``summary.json``.
     """
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.adapter import digest, pack
-from app.communication import BUDGET_MB, MB
-from app.provenance import folder_digest
+from app.adapter.layout import digest, pack
+from app.digests import app_digest
+from app.server.communication import BUDGET_MB, MB
 from evaluation.catalogue import tasks
 from medfed import parity
 from medfed.errors import MedfedError
@@ -220,7 +220,7 @@ def _of_the_code(entry: Entry) -> Iterator[Broken]:
     if changed.strip():
         names = ", ".join(line[3:] for line in changed.splitlines()[:3])
         yield Broken("code at a commit", f"found changes in {names}", "commit them, and run again")
-    found = folder_digest(entry.project / "app", "*.py")
+    found = app_digest(entry.project / "app")
     if found != entry.record.provenance["app_sha256"]:
         yield Broken(
             "code at a commit",

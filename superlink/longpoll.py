@@ -16,7 +16,7 @@ The third: requests reach Flower one at a time, because its database has a singl
 A question is always answered by Flower itself, authentication included, before it is held and
 again when there is news. Nothing is held that Flower did not answer with an authenticated "nothing
 yet". Without this file (or with another Flower) nodes and ServerApp poll; see
-``supernode/polling.py`` and ``app/polling.py``.
+``supernode/polling.py`` and ``app/server/polling.py``.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from app.adapter import Manifest, digest, pack, tensor_digests
-from app.communication import line
+from app.adapter.layout import Manifest, digest, pack, tensor_digests
+from app.server.communication import line
 from medfed.runs import default_config
 
 MANIFEST = Manifest((("layer.lora_A.weight", (2, 3)), ("layer.lora_B.weight", (3, 2))))

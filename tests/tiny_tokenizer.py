@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from app.cards import card_text
+from app.cards.tokens import card_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

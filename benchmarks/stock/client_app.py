@@ -9,12 +9,13 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import TrainingArguments  # noqa: F401 - the template imports it
 from trl import SFTTrainer  # noqa: F401 - and this: every cold start pays for both
 
-from app import data, training
-from app.cards import card_text, tokenize_texts
+from app.cards.dataset import resolve
+from app.cards.tokens import card_text, tokenize_texts
 from app.config import RunConfig
-from app.device import place
-from app.model import attach_adapter, load_base, load_tokenizer
 from app.seeds import derive
+from app.training import loop
+from app.training.device import place
+from app.training.model import attach_adapter, load_base, load_tokenizer
 
 app = ClientApp()
 
@@ -26,7 +27,7 @@ def train(message: Message, context: Context) -> Message:
     partition_id = int(context.node_config["partition-id"])
     server_round = int(str(message.content.config_records["config"]["server-round"]))
     num_partitions = int(context.node_config["num-partitions"])
-    cards = data.partition(config.dataset_name, num_partitions, partition_id)
+    cards = resolve(config.dataset_name).partition(num_partitions, partition_id)
     tokenizer = load_tokenizer(config.model.name)
     texts = [card_text(*row) for row in zip(cards["input"], cards["output"], strict=True)]
     examples = tokenize_texts(texts, tokenizer, config.train.seq_length)
@@ -34,7 +35,7 @@ def train(message: Message, context: Context) -> Message:
     received = message.content.array_records["arrays"].to_torch_state_dict()
     set_peft_model_state_dict(model, received)
     with torch.enable_grad():
-        result = training.train(
+        result = loop.train(
             model,
             examples,
             steps=config.train.max_steps,

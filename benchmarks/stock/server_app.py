@@ -13,8 +13,8 @@ from flwr.serverapp.strategy import FedAvg
 from peft import get_peft_model_state_dict
 
 from app.config import RunConfig
-from app.device import place
-from app.model import attach_adapter, load_base
+from app.training.device import place
+from app.training.model import attach_adapter, load_base
 
 app = ServerApp()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from app.data_check import DataReport
+    from app.cards.check import DataReport
 
 app = typer.Typer(help="Look at a hospital's own data.", no_args_is_help=True)
 
@@ -35,10 +35,10 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Say what the data holds, and refuse, by file and line, what a run could not use."""
-    from app import data_check
+    from app.cards import check
 
-    counter = None if model is None else data_check.token_counter(model)
-    report = data_check.check(path, counter, seq_length)
+    counter = None if model is None else check.token_counter(model)
+    report = check.check(path, counter, seq_length)
     if as_json:
         print(json.dumps(report.as_json(), ensure_ascii=False))
     else:

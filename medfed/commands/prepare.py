@@ -106,6 +106,7 @@ def prepare_all(
     os.environ.setdefault("TQDM_DISABLE", "1")
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from app.paths import model_folder
     from embedded import flashcards, partitions
     from embedded import model as embedded_model
     from supernode import roster
@@ -128,7 +129,7 @@ def prepare_all(
         steps = _Steps(progress)
         if model == MODEL:
             steps.run("model", model, home.models / embedded_model.NAME, embed_model)
-        elif (folder := _model_folder(model)) is not None:
+        elif (folder := model_folder(model)) is not None:
             steps.run("model", model, folder, lambda _: False)
         else:
             steps.run("model", model, None, lambda say: _fetch_model(model, say))
@@ -136,20 +137,6 @@ def prepare_all(
             steps.run("dataset", dataset, home.datasets / flashcards.NAME, embed_dataset)
         steps.run(f"{len(ids)} partitions of", dataset, home.partitions, cut)
     return steps.done
-
-
-def _model_folder(model: str) -> Path | None:
-    """The folder of a model on this machine, which has to be there; None for one on the hub."""
-    from app.errors import AppError
-    from app.places import local_folder
-
-    folder = local_folder("models", model)
-    if folder is not None and not (folder / "config.json").is_file():
-        raise AppError(
-            f"expected a model in {folder}, found no config.json",
-            f"name a folder that transformers' save_pretrained wrote, or use {MODEL}",
-        )
-    return folder
 
 
 def _fetch_model(model: str, say: Say) -> bool:

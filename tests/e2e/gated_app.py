@@ -165,7 +165,7 @@ def write_app(folder: Path, note: str = "") -> bytes:
     (package / "__init__.py").write_text(note)
     (package / "server_app.py").write_text(SERVER)
     (package / "client_app.py").write_text(CLIENT)
-    (package / "polling.py").write_text((ROOT / "app" / "polling.py").read_text())
+    (package / "polling.py").write_text((ROOT / "app" / "server" / "polling.py").read_text())
     return build_fab_from_disk(folder)
 
 

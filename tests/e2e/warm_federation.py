@@ -156,7 +156,7 @@ def write_app(
     (package / "server_app.py").write_text(server)
     (package / "client_app.py").write_text(client)
     (package / "marker.py").write_text(f"MARKER = {marker!r}\n")
-    shutil.copy(ROOT / "app" / "polling.py", package / "polling.py")
+    shutil.copy(ROOT / "app" / "server" / "polling.py", package / "polling.py")
     return folder
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from app.adapter import Manifest, digest, pack, unpack
+from app.adapter.layout import Manifest, digest, pack, unpack
 from app.errors import AppError
 
 states = st.dictionaries(

@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from typer.testing import CliRunner
 
-from app.communication import BUDGET_MB, MB, Communication, array_bytes
+from app.server.communication import BUDGET_MB, MB, Communication, array_bytes
 from medfed.cli import app as cli
 from medfed.communication import NUMPY_HEADER, CommunicationError, architecture, predict
 from medfed.paths import Home

@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from app.cards import card_text
-from app.data_check import check, token_counter
+from app.cards.check import check, token_counter
+from app.cards.tokens import card_text
 from app.errors import AppError
 from medfed.commands.data import app
 from tests.tiny_tokenizer import tiny_tokenizer

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from app import device
-from app.device import GIB, PeakMemory, Placement, place, precision_for
 from app.errors import AppError
+from app.training import device
+from app.training.device import GIB, PeakMemory, Placement, place, precision_for
 
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",

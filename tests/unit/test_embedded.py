@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from app import data
+from app.cards.dataset import resolve
+from app.cards.partitions import cards_of_node
+from app.cards.rows import digest
 from embedded import flashcards, model, origin, partitions
 from embedded.errors import EmbeddedError
 from embedded.files import sha256
@@ -204,8 +206,8 @@ def test_every_supernode_gets_its_partition_once(home: Path):
     for name, n in ids.items():
         folder = home / "partitions" / name
         assert [file.name for file in folder.iterdir()] == ["train.jsonl"]
-        mounted = data.load_partition({"data-path": str(folder)}, "unused")
-        assert data.digest(mounted) == data.digest(data.partition("local/hpo-flashcards", 4, n))
+        mounted = cards_of_node({"data-path": str(folder)}, "unused")
+        assert digest(mounted) == digest(resolve("local/hpo-flashcards").partition(4, n))
     assert partitions.prepare(home / "partitions", "local/hpo-flashcards", ids) is False
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app import formats
+from app.cards import exam_formats
 from evaluation.catalogue import TASKS, task, tasks
 from evaluation.errors import EvaluationError
 from evaluation.medmcqa import ENTRANCE_EXAM
@@ -123,10 +123,10 @@ def test_benchmarks_are_listed_once_each_in_the_order_given():
 
 def test_training_formats_use_the_benchmarks_own_words():
     """Two copies on purpose: what a researcher changes in the app must not change the measure."""
-    assert TASKS["pubmedqa"].instruction == formats.STATEMENT
-    assert TASKS["medqa"].instruction == formats.LICENSING_EXAM
-    assert formats.ENTRANCE_EXAM == TASKS["medmcqa"].instruction == TASKS["careqa"].instruction
-    assert formats.wrapped("prompt") == wrap("prompt")
+    assert TASKS["pubmedqa"].instruction == exam_formats.STATEMENT
+    assert TASKS["medqa"].instruction == exam_formats.LICENSING_EXAM
+    assert exam_formats.ENTRANCE_EXAM == TASKS["medmcqa"].instruction == TASKS["careqa"].instruction
+    assert exam_formats.wrapped("prompt") == wrap("prompt")
 
 
 @pytest.mark.skipif(not EVAL.is_dir(), reason="the benchmarks are not here")

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-from app.fused import fused, normalise, rotate
+from app.training.fused import fused, normalise, rotate
 
 CONFIG = LlamaConfig(
     vocab_size=50,

@@ -12,8 +12,8 @@ from flwr.common.config import flatten_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from app.config import RunConfig
-from app.holdout import Holdout
-from app.model import initial_adapter
+from app.server.holdout import Holdout
+from app.training.model import initial_adapter
 from tests.tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from app import durable
-from app.adapter import Manifest
-from app.checks import Accepted
+from app.adapter.layout import Manifest
 from app.errors import AppError
-from app.ledger import KEPT_ROUNDS, Ledger, Plan, Saved
+from app.server.ledger import KEPT_ROUNDS, Ledger, Plan, Saved
+from app.server.reply_checks import Accepted
 
 MANIFEST = Manifest((("a", (2,)), ("b", (1,))))
 

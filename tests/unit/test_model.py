@@ -12,19 +12,19 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from app.adapter import Manifest, digest
-from app.checkpoint import save_checkpoint
+from app.adapter.checkpoint import save_checkpoint
+from app.adapter.layout import Manifest, digest
+from app.adapter.lora import lora_config
 from app.config import LoraSettings, ModelSettings
-from app.device import place
 from app.errors import AppError
-from app.model import (
+from app.training.device import place
+from app.training.model import (
     adapted_model,
     attach_adapter,
     flat_adapter,
     initial_adapter,
     load_adapter,
     load_base,
-    lora_config,
 )
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import polling as server_side
+from app.server import polling as server_side
 from supernode import polling
 from tests.fake_clock import Clock
 

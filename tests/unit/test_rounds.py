@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from flwr.app import Array
 
-from app.adapter import Manifest, digest
-from app.checks import ReplyChecks
-from app.communication import Communication
+from app.adapter.layout import Manifest, digest
 from app.errors import AppError
-from app.institutions import Institutions
-from app.ledger import Ledger
-from app.liveness import RESTARTED, RETURN_S
-from app.record import RunRecord
-from app.rounds import Rounds
-from app.strategies import SeededFedAvg
+from app.server.communication import Communication
+from app.server.institutions import Institutions
+from app.server.ledger import Ledger
+from app.server.liveness import RESTARTED, RETURN_S
+from app.server.reply_checks import ReplyChecks
+from app.server.rounds import Rounds
+from app.server.run_record import RunRecord
+from app.server.strategies import SeededFedAvg
 from tests.fake_grid import NAMES, FakeGrid, error, inside_a_run, reply
 from tests.run_configs import default_config
 

@@ -9,11 +9,11 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAdam, FedAvgM, FedProx
 
-from app.checks import Accepted
 from app.config import STRATEGIES
 from app.errors import AppError
-from app.institutions import Institutions
-from app.strategies import SeededSampling, strategy
+from app.server.institutions import Institutions
+from app.server.reply_checks import Accepted
+from app.server.strategies import SeededSampling, strategy
 from tests.fake_grid import NAMES, FakeGrid, inside_a_run
 from tests.run_configs import default_config
 

@@ -11,8 +11,8 @@ import pytest
 from flwr.common.config import flatten_dict
 from typer.testing import CliRunner
 
-from app.communication import BUDGET_MB, MB
-from app.provenance import folder_digest
+from app.digests import app_digest
+from app.server.communication import BUDGET_MB, MB
 from medfed import records
 from medfed.cli import app as cli
 from medfed.paths import Home
@@ -50,7 +50,7 @@ class Case:
     def __init__(self, tmp_path, project):
         self.home, self.project = Home(tmp_path / "home"), project
         self.evaluation = tmp_path / "evaluation"
-        self.options = {"rounds": 3, "app_sha256": folder_digest(project / "app", "*.py")}
+        self.options = {"rounds": 3, "app_sha256": app_digest(project / "app")}
         self.report = {
             "model": "m",
             "quantization": 4,

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from app import training
-from app.cards import Example
-from app.device import Precision
+from app.cards.tokens import Example
 from app.errors import AppError
-from app.packing import PACKED_ATTENTION, _packed_attention, labelled_tokens, pack
-from app.training import holdout_loss, step_batches, train
+from app.training import loop
+from app.training.device import Precision
+from app.training.loop import holdout_loss, step_batches, train
+from app.training.packing import PACKED_ATTENTION, _packed_attention, labelled_tokens, pack
 
 VOCABULARY = 61
 CPU = torch.device("cpu")
@@ -89,8 +89,8 @@ def gradients(model):
 
 
 def packed_loss_and_gradients(model, examples, most_tokens, pass_tokens=0):
-    with training._ready(model, training=True) as network:
-        loss = training._backward(network, pack(examples, most_tokens, pass_tokens, CPU))
+    with loop._ready(model, training=True) as network:
+        loss = loop._backward(network, pack(examples, most_tokens, pass_tokens, CPU))
     return loss, gradients(model)
 
 
@@ -121,7 +121,7 @@ def test_packs_give_the_loss_and_every_gradient_of_the_padded_batch(
     # A card of two tokens alone has no gradient at q, which has nothing to choose from.
     examples = [Example(tuple(range(9)), 3), *(card(*shape) for shape in shapes)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "LOGIT_ROWS", {"cpu": logit_rows})
+        patch.setattr(loop, "LOGIT_ROWS", {"cpu": logit_rows})
         assert_same_as_padded(DOUBLE, examples, most_tokens)
 
 
@@ -304,7 +304,7 @@ ODD_LAST_BATCH = cards([9, 30, 14, 22, 5, 17, 12], [4, 11, 6, 20, 2, 3, 1])
 def test_training_follows_hugging_face_s_trainer_step_by_step(
     tmp_path, monkeypatch, accumulation, examples
 ):
-    monkeypatch.setattr(training, "PASS_TOKENS", {"cpu": 0})
+    monkeypatch.setattr(loop, "PASS_TOKENS", {"cpu": 0})
     stock, ours = tiny_model(torch.float32), tiny_model(torch.float32)
     choices = {"steps": 6, "batch_size": 2}
     trainer = hugging_face_trainer(
@@ -388,7 +388,7 @@ def test_half_precision_learns_as_fast_as_float32(monkeypatch):
     choices = {"steps": 6, "batch_size": 6, "learning_rate": 3e-2}
     expected = run(tiny_model(torch.float32), **choices).step_losses
     half = Precision(torch.bfloat16, "as on a GPU")
-    monkeypatch.setattr(training, "precision_for", lambda device: half)
+    monkeypatch.setattr(loop, "precision_for", lambda device: half)
     found = run(tiny_model(torch.float32), **choices).step_losses
     assert found == pytest.approx(expected, rel=0.03)
 

@@ -77,7 +77,7 @@ def real():
     """The embedded model and 8 of the embedded cards, in the template of the reference."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from app.cards import card_text, tokenize_texts
+    from app.cards.tokens import card_text, tokenize_texts
     from embedded import flashcards, model
     from medfed.paths import Home
 

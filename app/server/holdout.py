@@ -5,13 +5,15 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from app import data, training
-from app.adapter import FlatArray, Manifest
+from app.adapter.layout import FlatArray, Manifest
+from app.cards import tokens
+from app.cards.dataset import resolve
+from app.cards.exam_formats import with_answer_formats
 from app.config import RunConfig
-from app.device import place
-from app.formats import with_answer_formats
-from app.model import adapted_model, load_adapter, load_tokenizer
 from app.seeds import derive
+from app.training import loop
+from app.training.device import place
+from app.training.model import adapted_model, load_adapter, load_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 class Holdout:
     """Cards that no institution trains on, in the forms that are trained, and a model for them."""
 
-    def __init__(self, config: RunConfig, examples: list[data.Example]) -> None:
+    def __init__(self, config: RunConfig, examples: list[tokens.Example]) -> None:
         self._config = config
         self._examples = examples
 
@@ -32,7 +34,7 @@ class Holdout:
             AppError: if model or dataset cannot be loaded.
         """
         limit = config.evaluate.holdout_examples
-        cards = data.load_holdout(config.dataset_name, limit) if limit else None
+        cards = resolve(config.dataset_name).holdout(limit) if limit else None
         if cards is None:
             return None
         cards = with_answer_formats(
@@ -41,7 +43,7 @@ class Holdout:
             share=config.train.answer_formats,
         )
         tokenizer = load_tokenizer(config.model.name)
-        return cls(config, data.tokenize(cards, tokenizer, config.train.seq_length))
+        return cls(config, tokens.tokenize(cards, tokenizer, config.train.seq_length))
 
     @property
     def examples(self) -> int:
@@ -56,7 +58,7 @@ class Holdout:
     def loss(self, flat: FlatArray, manifest: Manifest) -> float:
         """Mean loss a labelled token, in nats, of the base model with adapter ``flat``."""
         load_adapter(self._model, flat, manifest)
-        return training.holdout_loss(self._model, self._examples)
+        return loop.holdout_loss(self._model, self._examples)
 
     @cached_property
     def _model(self) -> PeftModel:

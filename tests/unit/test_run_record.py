@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from app import record
-from app.communication import Communication
 from app.errors import AppError
-from app.record import RunRecord
+from app.server import run_record
+from app.server.communication import Communication
+from app.server.run_record import RunRecord
 from tests.run_configs import default_config
 
 
@@ -32,7 +32,7 @@ def test_a_run_that_goes_on_has_the_earlier_ones_folder_under_both_ids(home):
 
 
 def test_two_serverapps_cannot_write_one_run(monkeypatch):
-    monkeypatch.setattr(record, "_LOCK_S", 0.0)
+    monkeypatch.setattr(run_record, "_LOCK_S", 0.0)
     first = RunRecord.open(7, config())
     with pytest.raises(AppError, match="only ServerApp"):
         RunRecord.open(8, config(resume_run="7"))

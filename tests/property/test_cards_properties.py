@@ -10,9 +10,10 @@ from datasets import Dataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from app import data
-from app.card_files import COLUMNS
-from app.cards import RESPONSE_TEMPLATE, card_text, tokenize_texts
+from app.cards.dataset import resolve
+from app.cards.files import COLUMNS
+from app.cards.partitions import cards_of_node
+from app.cards.tokens import RESPONSE_TEMPLATE, card_text, tokenize_texts
 from app.errors import AppError
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -35,7 +36,7 @@ def write(rows: list[dict[str, str]], file: Path) -> None:
 
 
 def load(folder: str) -> list[dict[str, str]]:
-    return [dict(row) for row in data.load_partition({"data-path": folder}, "unused")]
+    return [dict(row) for row in cards_of_node({"data-path": folder}, "unused")]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
@@ -98,8 +99,8 @@ def test_partitions_and_what_is_held_out_are_disjoint_and_cover_the_dataset(coun
     rows = [{"instruction": "", "input": str(n), "output": "x"} for n in range(count)]
     with TemporaryDirectory() as folder:
         write(rows, Path(folder, "train.jsonl"))
-        cut = [data.partition(folder, parts, n) for n in range(parts)]
-        held_out = data.load_holdout(folder, count)
+        cut = [resolve(folder).partition(parts, n) for n in range(parts)]
+        held_out = resolve(folder).holdout(count)
     assert held_out is not None
     seen = [row["input"] for part in (*cut, held_out) for row in part]
     assert sorted(seen, key=int) == [row["input"] for row in rows]

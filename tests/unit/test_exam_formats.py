@@ -11,8 +11,14 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.cards.exam_formats import (
+    ENTRANCE_EXAM,
+    LETTERS,
+    LICENSING_EXAM,
+    STATEMENT,
+    with_answer_formats,
+)
 from app.errors import AppError
-from app.formats import ENTRANCE_EXAM, LETTERS, LICENSING_EXAM, STATEMENT, with_answer_formats
 
 CARDS = Path(__file__).parents[3] / "shared/data/train/medical_flashcards_subset.jsonl"
 COLUMNS = ["instruction", "input", "output"]

@@ -30,10 +30,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from app import durable
-from app.adapter import FlatArray, Manifest, digest
-from app.checks import Accepted
+from app.adapter.layout import FlatArray, Manifest, digest
 from app.errors import AppError
-from app.strategies import State
+from app.server.reply_checks import Accepted
+from app.server.strategies import State
 
 KEPT_ROUNDS = 3
 

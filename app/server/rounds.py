@@ -14,17 +14,17 @@ from flwr.common import log
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from app.adapter import FlatArray, Manifest, digest, tensor_digests
-from app.checks import ADAPTER, Accepted, BadReplyError, ReplyChecks
-from app.communication import MB, Communication, array_bytes
+from app.adapter.layout import FlatArray, Manifest, digest, tensor_digests
 from app.config import RoundSettings
 from app.errors import AppError
-from app.institutions import Presence
-from app.ledger import Ledger, Plan
-from app.liveness import LOOK_S, RESTARTED, Liveness
-from app.polling import Mailbox, waits
-from app.record import RunRecord
-from app.strategies import SeededSampling
+from app.server.communication import MB, Communication, array_bytes
+from app.server.institutions import Presence
+from app.server.ledger import Ledger, Plan
+from app.server.liveness import LOOK_S, RESTARTED, Liveness
+from app.server.polling import Mailbox, waits
+from app.server.reply_checks import ADAPTER, Accepted, BadReplyError, ReplyChecks
+from app.server.run_record import RunRecord
+from app.server.strategies import SeededSampling
 
 # Errors that say nothing about the institution's app or data: the same message may well succeed.
 _PASSING = frozenset(

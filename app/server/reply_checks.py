@@ -15,7 +15,7 @@ from statistics import median
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 
-from app.adapter import FlatArray, Manifest
+from app.adapter.layout import FlatArray, Manifest
 from app.config import ReplySettings, TrainSettings
 
 ARRAYS, ADAPTER, METRICS = "arrays", "adapter", "metrics"

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from app.card_files import BadRow, Card, card_files, scan
-from app.cards import card_text
+from app.cards.files import BadRow, Card, card_files, scan
+from app.cards.tokens import card_text
 from app.errors import AppError
-from app.places import local_folder
+from app.paths import local_folder
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from app import checks, training
-from app.adapter import Manifest
-from app.checks import BadReplyError, ReplyChecks
+from app.adapter.layout import Manifest
+from app.server.reply_checks import _ADAM_STEP, BadReplyError, ReplyChecks
+from app.training import loop
 from tests.fake_grid import inside_a_run
 from tests.run_configs import default_config
 
@@ -97,8 +97,8 @@ def test_an_update_far_larger_than_the_last_ones_is_refused():
 
 
 def test_the_recipes_reach_is_that_of_its_own_optimiser():
-    beta1, beta2 = training.ADAM_BETAS
-    assert pytest.approx((1 - beta1) / (1 - beta2) ** 0.5) == checks._ADAM_STEP
+    beta1, beta2 = loop.ADAM_BETAS
+    assert pytest.approx((1 - beta1) / (1 - beta2) ** 0.5) == _ADAM_STEP
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

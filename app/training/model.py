@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import prepare_model_for_kbit_training
 from transformers import (
     AutoConfig,
@@ -21,40 +21,27 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from app.adapter import FlatArray, Manifest, pack, unpack
+from app.adapter.layout import FlatArray, Manifest, pack, unpack
+from app.adapter.lora import lora_config
 from app.config import ModelSettings
-from app.device import Placement
 from app.errors import AppError
-from app.places import medfed_home
+from app.paths import model_folder
 from app.seeds import derive
+from app.training.device import Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LOCAL_PREFIX = "local/"
 
 transformers_logging.disable_progress_bar()
 
 
 def model_source(name: str) -> str:
-    """Where ``model.name`` is loaded from.
-
-    ``local/NAME`` is the folder ``$MEDFED_HOME/models/NAME``; an absolute path is itself; any
-    other name is the hub's. One never stands in for another.
+    """Where ``model.name`` is loaded from: a folder's path, or a name on the hub.
 
     Raises:
         AppError: if a local folder holds no model.
     """
-    if not name.startswith((LOCAL_PREFIX, "/")):
-        return name
-    folder = medfed_home() / "models" / name.removeprefix(LOCAL_PREFIX)  # an absolute name wins
-    if not (folder / "config.json").is_file():
-        raise AppError(
-            f"model.name: expected a model in {folder}, found no config.json",
-            "medfed prepare fetches the embedded model; other models are folders that "
-            "transformers' save_pretrained wrote",
-        )
-    return str(folder)
+    return str(model_folder(name) or name)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -154,18 +141,6 @@ def adapted_model(settings: ModelSettings, placement: Placement) -> PeftModel:
 def attach_adapter(base: PreTrainedModel, settings: ModelSettings) -> PeftModel:
     """Put an empty LoRA adapter on ``base``; its weights come from the round's global adapter."""
     return get_peft_model(base, lora_config(settings))
-
-
-def lora_config(settings: ModelSettings) -> LoraConfig:
-    """PEFT's description of the adapter, as it stands in ``adapter_config.json``."""
-    return LoraConfig(
-        r=settings.lora.r,
-        lora_alpha=settings.lora.alpha,
-        lora_dropout=settings.lora.dropout,
-        target_modules=list(settings.lora.modules),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=settings.name,
-    )
 
 
 def adapter_state(model: PeftModel) -> dict[str, FlatArray]:

@@ -4,7 +4,7 @@ What a Hugging Face ``Trainer`` computes for one optimizer step is a mean over t
 of all its batches. A sum does not care in which order, or in which company, its terms are added,
 so the same number (and the same gradient) comes from:
 
-- cards laid end to end instead of padded to the longest (``app.packing``);
+- cards laid end to end instead of padded to the longest (``app.training.packing``);
 - several small packs instead of one batch, so that memory follows ``micro_batch_tokens``;
 - logits only where there is a label and a few rows at a time, so that memory does not follow the
   vocabulary.
@@ -26,16 +26,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
-from app.device import PeakMemory, precision_for
 from app.errors import AppError
-from app.fused import fused
-from app.packing import Family, KeysAndValues, Opening, Pack, pack, packed_attention
+from app.training.device import PeakMemory, precision_for
+from app.training.fused import fused
+from app.training.packing import Family, KeysAndValues, Opening, Pack, pack, packed_attention
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from app.cards import Example
+    from app.cards.tokens import Example
 
 # What transformers.TrainingArguments 5.23 does unless told otherwise, and so the reference app.
 MAX_GRAD_NORM = 1.0
@@ -65,7 +65,7 @@ class TrainResult:
         examples: cards trained on, repeats counted.
         tokens: tokens of those cards, prompt and answer; there is no padding to count.
         seconds: wall-clock time of the steps.
-        peak_memory_bytes: as ``app.device.PeakMemory`` measures it, during the steps.
+        peak_memory_bytes: as ``app.training.device.PeakMemory`` measures it, during the steps.
     """
 
     loss: float

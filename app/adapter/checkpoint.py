@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from app import durable
-from app.adapter import FlatArray, Manifest, unpack
+from app.adapter.layout import FlatArray, Manifest, unpack
 from app.config import ModelSettings
 
 
@@ -25,7 +25,7 @@ def save_checkpoint(
     Raises:
         AppError: the disk is full or cannot be written.
     """
-    from app.model import lora_config  # torch and PEFT: only when something is saved
+    from app.adapter.lora import lora_config  # torch and PEFT: only when something is saved
 
     partial = folder.with_name(folder.name + ".partial")
     tensors = {name: np.array(values) for name, values in unpack(flat, manifest).items()}

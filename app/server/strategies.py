@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Krum
 
 from app.config import StrategySettings
-from app.institutions import Institutions
+from app.server.institutions import Institutions
 
 # What Flower's strategies remember from one round to the next: FedAvgM's momentum, and the moments
 # of FedAdam, FedYogi and FedAdagrad.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from app.places import medfed_home
+from app.paths import medfed_home
 
 _SHA256_BYTES = 32
 

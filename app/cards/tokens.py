@@ -1,6 +1,7 @@
 """From a card to tokens: the FlowerTune medical template, with loss on the answer alone.
 
-A card that was put as an exam question (``app.formats``) is asked in the exam's wrapper instead.
+A card that was put as an exam question (``app.cards.exam_formats``) is asked in the exam's wrapper
+instead.
 
 The reference trains with TRL's DataCollatorForCompletionOnlyLM. What that does, and this keeps:
 
@@ -21,9 +22,10 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from app.cards.exam_formats import EXAMS, wrapped
+from app.cards.rows import digest, rows_of
+from app.cards.token_cache import TokenCache
 from app.errors import AppError
-from app.formats import EXAMS, wrapped
-from app.token_cache import TokenCache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +78,7 @@ def tokenize(
 
     Args:
         dataset: text columns instruction, input, output. A row whose instruction is one of
-            ``app.formats.EXAMS`` is an exam question, its input the whole prompt.
+            ``app.cards.exam_formats.EXAMS`` is an exam question, its input the whole prompt.
         tokenizer: a fast tokenizer.
         seq_length: the most tokens an example may have.
         cache_dir: where results are kept, by default ``$MEDFED_HOME/cache/tokens``, or a private
@@ -85,8 +87,6 @@ def tokenize(
     Raises:
         AppError: the tokenizer is not a fast one or splits the response template too coarsely.
     """
-    from app.data import columns_of, digest
-
     cache = TokenCache.usual() if cache_dir is None else TokenCache(cache_dir)
     key = "\n".join(
         (_CACHE_VERSION, digest(dataset), _tokenizer_digest(tokenizer), str(seq_length))
@@ -94,7 +94,7 @@ def tokenize(
     cached = cache.read(key)
     if cached is not None:
         return [Example(*example) for example in cached]
-    rows = list(zip(*columns_of(dataset), strict=True))
+    rows = list(rows_of(dataset))
     cards = [row for row in rows if row[0] not in EXAMS]
     exam = [row for row in rows if row[0] in EXAMS]
     texts = [card_text(question, output, instruction) for instruction, question, output in cards]

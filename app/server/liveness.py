@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from app.institutions import Institutions, Presence
+from app.server.institutions import Institutions, Presence
 
 LOOK_S = 1.5
 

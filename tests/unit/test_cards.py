@@ -10,9 +10,12 @@ from datasets import Dataset, DatasetDict
 from flwr_datasets import FederatedDataset
 from flwr_datasets.partitioner import IidPartitioner
 
-from app import data
+from app.cards import tokens
+from app.cards.dataset import HOLDOUT_SHARE, resolve
+from app.cards.exam_formats import ENTRANCE_EXAM, EXAMS, STATEMENT, with_answer_formats
+from app.cards.partitions import cards_of_node
+from app.cards.rows import digest
 from app.errors import AppError
-from app.formats import ENTRANCE_EXAM, EXAMS, STATEMENT, with_answer_formats
 from embedded import partitions
 from evaluation.task import wrap
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -72,48 +75,48 @@ def test_a_partition_has_the_same_rows_from_its_folder_from_us_and_from_flwr_dat
         cache_dir=str(home / "hf"),
     )
     for name, n in ids.items():
-        mounted = data.load_partition({"data-path": str(home / "partitions" / name)}, "unused")
-        cut = data.load_partition({"partition-id": n, "num-partitions": 20}, "local/cards")
+        mounted = cards_of_node({"data-path": str(home / "partitions" / name)}, "unused")
+        cut = cards_of_node({"partition-id": n, "num-partitions": 20}, "local/cards")
         assert rows(mounted) == rows(cut) == rows(reference.load_partition(n))
-        assert data.digest(mounted) == data.digest(cut)
+        assert digest(mounted) == digest(cut)
 
 
 def test_text_that_looks_like_something_else_stays_text(home: Path):
     write_jsonl(home / "datasets" / "traps" / "train.jsonl", TRAPS)
-    assert rows(data.load_dataset_split("local/traps", "train")) == TRAPS
-    cut = [rows(data.partition("local/traps", 2, n)) for n in range(2)]
+    assert rows(resolve("local/traps").split("train")) == TRAPS
+    cut = [rows(resolve("local/traps").partition(2, n)) for n in range(2)]
     assert sorted(map(str, cut[0] + cut[1])) == sorted(map(str, TRAPS))
 
 
 def test_a_dataset_that_changed_is_read_again(home: Path):
-    before = data.partition("local/cards", 20, 0)
+    before = resolve("local/cards").partition(20, 0)
     write_jsonl(home / "datasets" / "cards" / "train.jsonl", CARDS[:40])
-    assert rows(data.partition("local/cards", 20, 0)) != rows(before)
+    assert rows(resolve("local/cards").partition(20, 0)) != rows(before)
 
 
 def test_a_folder_with_several_files_is_read_by_name(folder: Callable[[str, str], Path]):
     folder("b.jsonl", json.dumps(CARDS[1]))
     folder("notes.txt", "not a card")
     place = folder("a.csv", "output,input,instruction,ward\nA 0.,What is 0?,Say,7\n")
-    loaded = data.load_partition({"data-path": str(place)}, "unused")
+    loaded = cards_of_node({"data-path": str(place)}, "unused")
     assert [row["input"] for row in loaded] == ["What is 0?", "What is 1?"]
     assert loaded.column_names == ["instruction", "input", "output"]
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path):
     with pytest.raises(AppError, match=r"expected a folder .* found none") as refused:
-        data.load_partition({"data-path": str(tmp_path / "nowhere")}, "unused")
+        cards_of_node({"data-path": str(tmp_path / "nowhere")}, "unused")
     assert refused.value.hint
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path):
     with pytest.raises(AppError, match="found no such file"):
-        data.load_partition({"data-path": str(tmp_path)}, "unused")
+        cards_of_node({"data-path": str(tmp_path)}, "unused")
 
 
 def test_a_folder_without_cards_is_refused(folder: Callable[[str, str], Path]):
     with pytest.raises(AppError, match="at least one card"):
-        data.load_partition({"data-path": str(folder("train.jsonl", "\n\n"))}, "unused")
+        cards_of_node({"data-path": str(folder("train.jsonl", "\n\n"))}, "unused")
 
 
 @pytest.mark.parametrize(
@@ -134,16 +137,16 @@ def test_a_malformed_row_is_refused_with_its_file_and_line(
     folder: Callable[[str, str], Path], name: str, text: str, where: str
 ):
     with pytest.raises(AppError, match=where):
-        data.load_partition({"data-path": str(folder(name, text))}, "unused")
+        cards_of_node({"data-path": str(folder(name, text))}, "unused")
 
 
 @pytest.mark.parametrize("partition_id", [-1, 20, 99])
 def test_a_partition_id_outside_the_roster_is_refused(home: Path, partition_id: int):
     node_config = {"partition-id": partition_id, "num-partitions": 20}
     with pytest.raises(AppError, match=f"from 0 to 19, found {partition_id}"):
-        data.load_partition(node_config, "local/cards")
+        cards_of_node(node_config, "local/cards")
     with pytest.raises(AppError, match=f"from 0 to 19, found {partition_id}"):
-        data.load_partition({**node_config, "data-path": str(home)}, "local/cards")
+        cards_of_node({**node_config, "data-path": str(home)}, "local/cards")
 
 
 @pytest.mark.parametrize("key", ["partition-id", "num-partitions"])
@@ -151,29 +154,29 @@ def test_a_node_without_folder_or_partition_is_refused(key: str):
     with pytest.raises(AppError, match=f'"{key}".* found name'):
         node_config = {"name": "supernode-07", "partition-id": 7, "num-partitions": 20}
         del node_config[key]
-        data.load_partition(node_config, "local/cards")
+        cards_of_node(node_config, "local/cards")
 
 
 def test_a_partition_id_that_is_no_number_is_refused():
     with pytest.raises(AppError, match="found 'seven'"):
-        data.load_partition({"partition-id": "seven", "num-partitions": 20}, "local/cards")
+        cards_of_node({"partition-id": "seven", "num-partitions": 20}, "local/cards")
 
 
 def test_more_partitions_than_cards_is_refused(home: Path):
     with pytest.raises(AppError, match=r"at least 60 cards .* found 53"):
-        data.partition("local/cards", 60, 59)
+        resolve("local/cards").partition(60, 59)
 
 
 def test_an_unknown_local_dataset_is_refused(home: Path):
     with pytest.raises(AppError, match=r"local/nope .* found no such folder"):
-        data.partition("local/nope", 20, 0)
+        resolve("local/nope").partition(20, 0)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(AppError, match="'medfed-test/none'") as refused:
-        data.partition("medfed-test/none", 20, 0)
+        resolve("medfed-test/none").partition(20, 0)
     assert "\n" not in str(refused.value)
     assert "medfed prepare" in refused.value.hint
 
@@ -182,7 +185,7 @@ def test_a_hub_dataset_in_another_schema_is_refused(monkeypatch: pytest.MonkeyPa
     hub = DatasetDict({"train": Dataset.from_dict({"question": ["?"], "answer": ["!"]})})
     monkeypatch.setattr("datasets.load_dataset", lambda _name: hub)
     with pytest.raises(AppError, match="found question, answer"):
-        data.load_dataset_split("someone/else", "train")
+        resolve("someone/else").split("train")
 
 
 def test_a_hub_datasets_null_is_empty_text_and_its_other_columns_go(
@@ -191,32 +194,34 @@ def test_a_hub_datasets_null_is_empty_text_and_its_other_columns_go(
     table = {"output": ["a", None], "id": [1, 2], "input": ["q", "r"], "instruction": [None, None]}
     hub = DatasetDict({"train": Dataset.from_dict(table)})
     monkeypatch.setattr("datasets.load_dataset", lambda _name: hub)
-    assert rows(data.load_dataset_split("someone/cards", "train")) == [
+    assert rows(resolve("someone/cards").split("train")) == [
         {"instruction": "", "input": "q", "output": "a"},
         {"instruction": "", "input": "r", "output": ""},
     ]
 
 
 def test_the_holdout_is_the_beginning_of_the_test_split(home: Path):
-    held_out = data.load_holdout("local/cards", 3)
+    held_out = resolve("local/cards").holdout(3)
     assert held_out is not None
     assert rows(held_out) == TRAPS[:3]
 
 
 def test_a_card_that_is_also_trained_on_is_not_held_out(home: Path):
     write_jsonl(home / "datasets" / "cards" / "test.jsonl", [TRAPS[0], CARDS[7], TRAPS[1]])
-    held_out = data.load_holdout("local/cards", 3)
+    held_out = resolve("local/cards").holdout(3)
     assert held_out is not None
     assert rows(held_out) == TRAPS[:2]
 
 
 def test_of_a_dataset_without_a_test_split_some_cards_go_to_no_node(home: Path):
     write_jsonl(home / "datasets" / "whole" / "train.jsonl", CARDS)
-    held_out = data.load_holdout("local/whole", 64)
+    held_out = resolve("local/whole").holdout(64)
     assert held_out is not None
-    assert len(held_out) == round(data.HOLDOUT_SHARE * len(CARDS)) == 1
+    assert len(held_out) == round(HOLDOUT_SHARE * len(CARDS)) == 1
     for nodes in (1, 20):  # the same ones, into however many partitions the rest is cut
-        cut = [row for n in range(nodes) for row in rows(data.partition("local/whole", nodes, n))]
+        cut = [
+            row for n in range(nodes) for row in rows(resolve("local/whole").partition(nodes, n))
+        ]
         assert sorted(map(str, cut + rows(held_out))) == sorted(map(str, CARDS))
 
 
@@ -225,31 +230,31 @@ def test_a_prepared_folder_lacks_the_cards_held_out_as_well(home: Path):
     write_jsonl(home / "datasets" / "whole" / "train.jsonl", CARDS)
     partitions.prepare(home / "partitions", "local/whole", {"supernode-00": 0, "supernode-01": 1})
     folders = [home / "partitions" / f"supernode-0{n}" for n in range(2)]
-    mounted = [row for f in folders for row in rows(data.load_partition({"data-path": str(f)}, ""))]
-    assert data.load_holdout("local/whole", 64)[0] not in mounted
+    mounted = [row for f in folders for row in rows(cards_of_node({"data-path": str(f)}, ""))]
+    assert resolve("local/whole").holdout(64)[0] not in mounted
     assert len(mounted) == len(CARDS) - 1
 
 
 def test_a_dataset_too_small_to_set_a_card_aside_has_no_holdout(home: Path):
     write_jsonl(home / "datasets" / "few" / "train.jsonl", CARDS[:20])
-    assert data.load_holdout("local/few", 3) is None
-    assert len(data.partition("local/few", 1, 0)) == 20
+    assert resolve("local/few").holdout(3) is None
+    assert len(resolve("local/few").partition(1, 0)) == 20
 
 
 def test_a_split_that_is_not_there_is_refused(home: Path):
     (home / "datasets" / "cards" / "test.jsonl").unlink()
     with pytest.raises(AppError, match='expected a split "test"'):
-        data.load_dataset_split("local/cards", "test")
+        resolve("local/cards").split("test")
 
 
 def test_the_digest_knows_the_order_of_the_rows():
     forth, back = Dataset.from_list(CARDS), Dataset.from_list(CARDS[::-1])
-    assert data.digest(forth) == data.digest(Dataset.from_list(list(CARDS)))
-    assert data.digest(forth) != data.digest(back)
+    assert digest(forth) == digest(Dataset.from_list(list(CARDS)))
+    assert digest(forth) != digest(back)
 
 
 def test_the_prompt_is_the_templates():
-    assert data.prompt_text("What is fever?") == (
+    assert tokens.prompt_text("What is fever?") == (
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n### Instruction:\nWhat is fever?\n### Response:"
     )
@@ -261,26 +266,26 @@ def one(card_input: str, output: str, instruction: str = "Say") -> Dataset:
 
 def test_only_the_answer_is_learnt_and_no_end_is_appended(tmp_path: Path):
     tokenizer = tiny_tokenizer()
-    (example,) = data.tokenize(one("What is fever?", "A fever."), tokenizer, 512, tmp_path)
+    (example,) = tokens.tokenize(one("What is fever?", "A fever."), tokenizer, 512, tmp_path)
     assert tokenizer.decode(example.input_ids[example.prompt_length :]) == " A fever."
-    assert tokenizer.decode(example.input_ids) == data.prompt_text("What is fever?") + " A fever."
+    assert tokenizer.decode(example.input_ids) == tokens.prompt_text("What is fever?") + " A fever."
 
 
 def test_an_empty_input_leaves_the_question_to_the_instruction(tmp_path: Path):
     tokenizer = tiny_tokenizer()
-    (example,) = data.tokenize(one("", "Yes.", "Is this a card?"), tokenizer, 512, tmp_path)
+    (example,) = tokens.tokenize(one("", "Yes.", "Is this a card?"), tokenizer, 512, tmp_path)
     assert "### Instruction:\nIs this a card?\n" in tokenizer.decode(example.input_ids)
 
 
 def test_the_template_inside_an_answer_counts_from_its_last_place(tmp_path: Path):
     tokenizer = tiny_tokenizer()
     answer = "First.\n### Response: Second."
-    (example,) = data.tokenize(one("What?", answer), tokenizer, 512, tmp_path)
+    (example,) = tokens.tokenize(one("What?", answer), tokenizer, 512, tmp_path)
     assert tokenizer.decode(example.input_ids[example.prompt_length :]) == " Second."
 
 
 def test_a_card_whose_template_is_cut_off_contributes_nothing(tmp_path: Path):
-    (example,) = data.tokenize(one("long " * 100, "Yes."), tiny_tokenizer(), 64, tmp_path)
+    (example,) = tokens.tokenize(one("long " * 100, "Yes."), tiny_tokenizer(), 64, tmp_path)
     assert len(example.input_ids) == example.prompt_length == 64
 
 
@@ -290,7 +295,7 @@ def test_an_exam_question_is_asked_as_the_evaluation_asks_it_and_ends_with_its_a
 ):
     tokenizer = tiny_tokenizer()
     question = f"{STATEMENT}\nText.\nIs it so?\nThe answer is:\n"
-    (example,) = data.tokenize(one(question, answer, STATEMENT), tokenizer, 512, tmp_path)
+    (example,) = tokens.tokenize(one(question, answer, STATEMENT), tokenizer, 512, tmp_path)
     prompt, learnt = (
         example.input_ids[: example.prompt_length],
         example.input_ids[example.prompt_length :],
@@ -301,7 +306,7 @@ def test_an_exam_question_is_asked_as_the_evaluation_asks_it_and_ends_with_its_a
 
 def test_an_exam_question_that_is_cut_off_contributes_nothing(tmp_path: Path):
     question = one("long " * 100, "A", ENTRANCE_EXAM)
-    (example,) = data.tokenize(question, tiny_tokenizer(), 64, tmp_path)
+    (example,) = tokens.tokenize(question, tiny_tokenizer(), 64, tmp_path)
     assert len(example.input_ids) == example.prompt_length == 64
 
 
@@ -310,49 +315,51 @@ def test_cards_and_exam_questions_keep_their_order(tmp_path: Path):
     questions = with_answer_formats(Dataset.from_list(CARDS), seed=1, share=0.5)
     texts = [
         tokenizer.decode(example.input_ids)
-        for example in data.tokenize(questions, tokenizer, 512, tmp_path)
+        for example in tokens.tokenize(questions, tokenizer, 512, tmp_path)
     ]
     for row, text in zip(questions, texts, strict=True):
         asked = row["instruction"] in EXAMS
-        assert text.startswith(wrap(row["input"]) if asked else data.prompt_text(row["input"]))
+        assert text.startswith(wrap(row["input"]) if asked else tokens.prompt_text(row["input"]))
     assert 10 < sum(row["instruction"] in EXAMS for row in questions) < 40
 
 
 def test_a_partition_is_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cards = Dataset.from_list(CARDS)
-    first = data.tokenize(cards, tiny_tokenizer(), 512, tmp_path)
+    first = tokens.tokenize(cards, tiny_tokenizer(), 512, tmp_path)
     (cached,) = tmp_path.iterdir()
     assert stat.S_IMODE(cached.stat().st_mode) == 0o600
-    monkeypatch.setattr("app.cards.tokenize_texts", lambda *_: pytest.fail("tokenised again"))
-    assert data.tokenize(cards, tiny_tokenizer(), 512, tmp_path) == first
+    monkeypatch.setattr(
+        "app.cards.tokens.tokenize_texts", lambda *_: pytest.fail("tokenised again")
+    )
+    assert tokens.tokenize(cards, tiny_tokenizer(), 512, tmp_path) == first
 
 
 def test_other_rows_or_another_limit_are_not_found_in_the_cache(tmp_path: Path):
     cards, tokenizer = Dataset.from_list(CARDS), tiny_tokenizer()
-    whole = data.tokenize(cards, tokenizer, 512, tmp_path)
-    assert data.tokenize(cards, tokenizer, 16, tmp_path) != whole
-    assert data.tokenize(cards.select(range(5)), tokenizer, 512, tmp_path) == whole[:5]
+    whole = tokens.tokenize(cards, tokenizer, 512, tmp_path)
+    assert tokens.tokenize(cards, tokenizer, 16, tmp_path) != whole
+    assert tokens.tokenize(cards.select(range(5)), tokenizer, 512, tmp_path) == whole[:5]
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", b"\0" * 5000])
 def test_a_damaged_cache_is_rebuilt(tmp_path: Path, damage: bytes):
     cards, tokenizer = Dataset.from_list(CARDS), tiny_tokenizer()
-    first = data.tokenize(cards, tokenizer, 512, tmp_path)
+    first = tokens.tokenize(cards, tokenizer, 512, tmp_path)
     (cached,) = tmp_path.iterdir()
     whole = cached.read_bytes()
     cached.write_bytes(damage)
-    assert data.tokenize(cards, tokenizer, 512, tmp_path) == first
+    assert tokens.tokenize(cards, tokenizer, 512, tmp_path) == first
     assert cached.read_bytes() == whole
 
 
 def test_one_flipped_bit_in_the_cache_is_noticed(tmp_path: Path):
     cards, tokenizer = Dataset.from_list(CARDS), tiny_tokenizer()
-    first = data.tokenize(cards, tokenizer, 512, tmp_path)
+    first = tokens.tokenize(cards, tokenizer, 512, tmp_path)
     (cached,) = tmp_path.iterdir()
     stored = bytearray(cached.read_bytes())
     stored[len(stored) // 2] ^= 1
     cached.write_bytes(stored)
-    assert data.tokenize(cards, tokenizer, 512, tmp_path) == first
+    assert tokens.tokenize(cards, tokenizer, 512, tmp_path) == first
 
 
 def test_where_the_home_cannot_be_written_the_cache_is_among_the_temporary_files(
@@ -362,13 +369,13 @@ def test_where_the_home_cannot_be_written_the_cache_is_among_the_temporary_files
     monkeypatch.setenv("MEDFED_HOME", str(tmp_path / "a-file"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     cards, tokenizer = Dataset.from_list(CARDS), tiny_tokenizer()
-    first = data.tokenize(cards, tokenizer, 512)
+    first = tokens.tokenize(cards, tokenizer, 512)
     (folder,) = tmp_path.glob("medfed-tokens-*")
     assert len(list(folder.iterdir())) == 1
     folder.chmod(0o777)  # anyone could have written there: not trusted, and not needed
-    assert data.tokenize(cards, tokenizer, 512) == first
+    assert tokens.tokenize(cards, tokenizer, 512) == first
 
 
 def test_a_tokenizer_that_leaves_nothing_of_the_template_is_refused(tmp_path: Path):
     with pytest.raises(AppError, match="more than two tokens"):
-        data.tokenize(one("a", "b"), tiny_tokenizer(whole_template=True), 512, tmp_path)
+        tokens.tokenize(one("a", "b"), tiny_tokenizer(whole_template=True), 512, tmp_path)

@@ -11,7 +11,7 @@ from typing import IO, Any
 from app import durable
 from app.config import RunConfig
 from app.errors import AppError
-from app.places import medfed_home
+from app.paths import medfed_home
 
 _LOCK_S = 30.0
 
@@ -20,7 +20,7 @@ class RunRecord:
     """``$MEDFED_HOME/runs/RUN/``: what was asked for, where it came from, what happened.
 
     ``config.json``, ``provenance.json``, ``events.jsonl``, ``comm_cost.txt``, ``ledger/``
-    (``app.ledger``), ``peft_N/`` and ``summary.json``.
+    (``app.server.ledger``), ``peft_N/`` and ``summary.json``.
 
     Events are appended as they happen, one JSON object a line, so that a reader can follow a run
     that is under way; ``summary.json`` comes last and marks a run that ended well.
@@ -90,7 +90,7 @@ class RunRecord:
         return (self.folder / "summary.json").is_file()
 
     def provenance(self, origin: dict[str, Any]) -> None:
-        """Note what the run's results come from (``app.provenance``)."""
+        """Note what the run's results come from (``app.server.provenance``)."""
         self._write("provenance.json", origin)
 
     def origin(self) -> dict[str, Any] | None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from app import polling
 from app.errors import AppError
 from app.seeds import derive
+from app.server import polling
 
 ROSTER_VARIABLE = "MEDFED_INSTITUTIONS"
 _QUERY_TIMEOUT_S = 60.0

@@ -28,7 +28,7 @@ from app.errors import AppError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from app.cards import Example
+    from app.cards.tokens import Example
 
 PACKED_ATTENTION = "medfed_packed"
 

@@ -1,0 +1,1 @@
+"""The adapter: its layout on the wire and its checkpoints on disk."""

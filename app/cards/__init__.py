@@ -1,0 +1,1 @@
+"""Question–answer cards, from a hospital's files to tokens."""

@@ -1,0 +1,1 @@
+"""The coordinator's side of a run: whom to ask, what to accept, what to keep."""
