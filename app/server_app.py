@@ -16,9 +16,11 @@ from app.adapter.layout import Manifest
 from app.config import RunConfig
 from app.errors import AppError, log_app_errors_on_one_line
 from app.quiet import quiet_libraries
+from app.server.cohort import RunContext
 from app.server.communication import Communication
 from app.server.institutions import Institutions
 from app.server.ledger import Ledger, Saved
+from app.server.polling import Mailbox
 from app.server.provenance import provenance
 from app.server.reply_checks import ReplyChecks
 from app.server.rounds import Rounds
@@ -75,10 +77,11 @@ def _run(run_id: int, grid: Grid, config: RunConfig, record: RunRecord) -> None:
     strategy.restore(saved.strategy)
     communication = Communication(record.folder / "comm_cost.txt", saved.bytes, saved.lines)
     checks = ReplyChecks(config.replies, config.train, manifest, saved.norms)
-    rounds = Rounds(
-        run_id, grid, strategy, checks, config.rounds, manifest, ledger, record, communication
+    run = RunContext(
+        run_id, strategy, checks, config.rounds, manifest, ledger, record, Mailbox(grid)
     )
-    rounds.recall(saved.bad_replies)
+    run.recall(saved.bad_replies)
+    rounds = Rounds(run, communication)
 
     def measure(server_round: int) -> float | None:
         if holdout is None or not holdout.due(server_round):
@@ -109,7 +112,7 @@ def _run(run_id: int, grid: Grid, config: RunConfig, record: RunRecord) -> None:
                 bytes=communication.total,
                 lines=communication.lines,
                 norms=tuple(checks.norms),
-                bad_replies=rounds.bad_replies,
+                bad_replies=run.bad_replies,
                 holdout_before=before,
                 holdout_after=after,
                 train_loss=result.train_loss,

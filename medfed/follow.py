@@ -107,9 +107,9 @@ class RoundsView:
         elif name == "asked":
             row["institutions"] = f"{row['institutions']}, {event['institution']}"
             self._status = f"round {number}: {event['institution']} asked ({event['because']})"
-        elif name == "set-aside":
+        elif name == "quarantined":
             bad = event["bad_replies"]
-            self._status = f"{event['institution']} is set aside after {bad} bad replies"
+            self._status = f"{event['institution']} is quarantined after {bad} bad replies"
         elif name == "round-retried":
             self._status = f"round {number}: trying again ({event['reason']})"
         elif name == "paused":

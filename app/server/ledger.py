@@ -4,12 +4,12 @@
 
     ledger/round_7.safetensors   global adapter and the strategy's memory after round 7
     ledger/round_7.json          the rest of the state, and the digest of the file above
-    ledger/flight_8/plan.json    who was asked in round 8, by which message
-    ledger/flight_8/NAME.safetensors   what NAME sent, once it was accepted
+    ledger/flight_8/plan.json    in-flight state of round 8: who was asked, by which message
+    ledger/flight_8/NAME.safetensors   NAME's reply, once it was accepted
     ledger/starts.json           the ServerApp's starts since the last finished round
 
-Each file is there whole or not at all (``app.durable``), and a round's ``.json`` comes last: a
-round without one, or with another digest than it says, does not count, and the one before does.
+Each file is written whole or not at all (``app.durable``), and a round's ``.json`` comes last. A
+round without one, or whose digest differs from it, does not count; the round before it does.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Saved:
 
 @dataclass
 class Plan:
-    """The round in flight, as far as messages have left.
+    """The in-flight state of a round: what has been sent and what became of it.
 
     Attributes:
         run_id: of the Flower run whose messages these are; no other can ask for their replies.
@@ -132,7 +132,7 @@ class Ledger:
         return None
 
     def commit(self, saved: Saved) -> None:
-        """Make a round durable, and forget the one in flight and all but the last few.
+        """Make a round durable, and delete its in-flight state and all but the last few rounds.
 
         Raises:
             AppError: the disk cannot take it; the rounds before are as they were.
@@ -151,17 +151,17 @@ class Ledger:
         }
         durable.write(self._file(saved.round, "safetensors"), content)
         durable.write(self._file(saved.round, "json"), json.dumps(state, indent=1).encode())
-        for flight in self.folder.glob("flight_*"):
-            shutil.rmtree(flight, ignore_errors=True)
+        for in_flight in self.folder.glob("flight_*"):
+            shutil.rmtree(in_flight, ignore_errors=True)
         if len(starts := self._starts()) > 1:
             self._note_starts(starts[-1:])
         for old in self._rounds()[KEPT_ROUNDS:]:
             self._file(old, "json").unlink(missing_ok=True)
             self._file(old, "safetensors").unlink(missing_ok=True)
 
-    def flight(self, server_round: int) -> Flight:
-        """What is known of a round that has begun."""
-        return Flight(self.folder / f"flight_{server_round}", self._manifest)
+    def in_flight(self, server_round: int) -> InFlight:
+        """The in-flight state of a round, empty if it has not begun."""
+        return InFlight(self.folder / f"flight_{server_round}", self._manifest)
 
     def started(self, run_id: int) -> int:
         """Note a start of the ServerApp; how many there were, the last round's own counted.
@@ -217,8 +217,8 @@ class Ledger:
         )
 
 
-class Flight:
-    """A round that has begun: who was asked, and what has been accepted.
+class InFlight:
+    """The in-flight state of a round on disk: who was asked, and which replies were accepted.
 
     Args:
         folder: where it is; made with the first plan.
@@ -279,5 +279,5 @@ class Flight:
                 raise ValueError("its array has another digest")
             return Accepted(flat, json.loads(facts["metrics"]), float(facts["norm"]))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            log(WARNING, "Ledger: %s is damaged, it is asked for again: %s", file, error)
+            log(WARNING, "Ledger: %s is damaged, its institution is asked again: %s", file, error)
             return None

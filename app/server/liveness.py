@@ -1,8 +1,7 @@
-"""Who of those at work still lives: slow is not dead as long as its SuperNode gives signs of life.
+"""Which institutions at work are still alive: one that is slow but sends heartbeats is not dead.
 
-A SuperNode of medfed's sends its heartbeat every 3 s while it works on a message
-(``supernode/lifeline.py``). The SuperLink itself waits for 20 s to 60 s of silence before it calls
-a SuperNode offline, which a round need not.
+medfed's SuperNode sends a heartbeat every 3 s while it works on a message. The SuperLink calls a
+SuperNode offline only after 20 s to 60 s without one; a round replaces it sooner.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from app.server.institutions import Institutions, Presence
 
 LOOK_S = 1.5
 
-# A whole project that is started again is back one by one, and its SuperLink remembers who was
-# online before: whom an earlier ServerApp had asked is given so long until its first sign of life,
-# so that the same institutions go on with the round.
+# After a restart of the whole project, institutions come back one by one, while the SuperLink still
+# lists them as online. An institution that an earlier ServerApp had asked has this long to send its
+# first heartbeat, so that the same institutions go on with the round.
 RETURN_S = 60.0
 
 
@@ -29,13 +28,13 @@ class _Watched:
 
 
 class Liveness:
-    """Watches institutions that were asked.
+    """Watches the heartbeats of institutions that were asked.
 
     Args:
-        institutions: where signs of life come from; a simulation has none, so there nobody is
-            ever silent.
-        silence_s: seconds without a sign after which an institution counts as lost; one that was
-            never asked by way of ``watch`` has at least ``RETURN_S`` for its first.
+        institutions: tells when each heartbeat expires; a simulation has no heartbeats, so there
+            nobody is ever lost.
+        silence_s: seconds without a heartbeat after which an institution counts as lost; one that
+            ``watch`` was never called for has at least ``RETURN_S`` for its first.
         clock: monotonic seconds.
     """
 
@@ -52,16 +51,16 @@ class Liveness:
         self._watched: dict[str, _Watched] = {}
 
     def watch(self, name: str, presence: Presence) -> None:
-        """Begin anew to listen for a sign of an institution, which is asked now."""
+        """Start the timeout of an institution that is asked now."""
         self._watched[name] = _Watched(presence.online_until)
 
     def lost(self, names: Iterable[str], connected: dict[str, str]) -> dict[str, str]:
-        """Who of ``names`` is lost, and why; looks at most every ``LOOK_S``.
+        """Which of ``names`` are lost, and why; asks the SuperLink at most every ``LOOK_S``.
 
         Args:
-            names: who is at work.
-            connected: institution → when it had last connected as it was asked. One that has
-                connected anew since has forgotten what it was asked.
+            names: the institutions at work.
+            connected: institution → when its SuperNode had last connected when asked. One that
+                has reconnected since has forgotten its message.
         """
         now = self._clock()
         elapsed = now - self._looked
@@ -74,7 +73,7 @@ class Liveness:
             watched = self._watched.setdefault(name, _Watched(None, alive=False))
             presence = online.get(name)
             patience_s = self._silence_s if watched.alive else max(RETURN_S, self._silence_s)
-            # If it was us who did not look (a machine that slept), nobody is to blame.
+            # Time in which this process did not look (a suspended machine) counts for nobody.
             silent_s = watched.silent_s + min(elapsed, 2 * LOOK_S)
             if presence is None:
                 watched.silent_s = silent_s
@@ -87,8 +86,8 @@ class Liveness:
             else:
                 watched.online_until, watched.silent_s = presence.online_until, silent_s
                 if silent_s >= patience_s:
-                    found[name] = f"no sign of life for {silent_s:.0f} s"
+                    found[name] = f"no heartbeat for {silent_s:.0f} s"
         return found
 
 
-RESTARTED = "its SuperNode has connected anew, and forgotten what it was asked"
+RESTARTED = "its SuperNode has reconnected and forgotten its message"

@@ -1,9 +1,8 @@
-"""Waiting for replies: quick while they may come any moment, slow when they take long.
+"""Polling for replies: at short intervals at first, at longer ones while nothing comes.
 
-Stock Flower's ``Grid.send_and_receive`` looks every 3 s. This does the same work with the public
-methods ``push_messages`` and ``pull_messages``, so no Flower internal is touched, and the same code
-runs in the simulation. Where the SuperLink holds the question open until there is a reply
-(``superlink/longpoll.py``), the next question follows at once.
+Stock Flower's ``Grid.send_and_receive`` polls every 3 s. This uses the same public methods
+(``push_messages``, ``pull_messages``), so it works in the simulation too. Where the SuperLink
+answers by long polling, the next poll follows at once.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from flwr.app import Message
 
 FIRST_WAIT_S = 0.02
 LONGEST_WAIT_S = 0.5
-HELD_S = 0.4  # an answer that took this long came from a SuperLink that holds questions open
+HELD_S = 0.4  # an answer that took this long came from a SuperLink that does long polling
 
 
 class Grid(Protocol):
@@ -30,7 +29,7 @@ class Grid(Protocol):
 
 
 def waits(first: float = FIRST_WAIT_S, longest: float = LONGEST_WAIT_S) -> Iterator[float]:
-    """Seconds to wait before each further look: doubling from ``first``, never over ``longest``."""
+    """Seconds to wait before each further poll: doubling from ``first``, never over ``longest``."""
     wait = first
     while True:
         yield wait
@@ -38,7 +37,7 @@ def waits(first: float = FIRST_WAIT_S, longest: float = LONGEST_WAIT_S) -> Itera
 
 
 class Mailbox:
-    """Messages that are out, and the replies that come in.
+    """Sends messages and collects their replies.
 
     Args:
         grid: Flower's grid, or anything with its two methods.
@@ -65,7 +64,7 @@ class Mailbox:
         return pushed
 
     def look(self, most_s: float = LONGEST_WAIT_S) -> list[Message]:
-        """What has arrived, errors included; waits a moment, ``most_s`` at most, if nothing has."""
+        """Replies that have arrived, errors included; if none has, wait, at most ``most_s``."""
         asked = self._clock()
         arrived = list(self._grid.pull_messages(sorted(self.awaited)))
         self.awaited -= {reply.metadata.reply_to_message_id for reply in arrived}

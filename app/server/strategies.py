@@ -45,12 +45,12 @@ class SeededSampling(FedAvg):
         self.institutions = institutions
         self.seed = seed
         self.sample_size = sample_size
-        self.set_aside: set[str] = set()
+        self.quarantined: set[str] = set()
 
     def order(self, server_round: int) -> list[str]:
         """Everyone who may be asked, in this round's seeded order."""
         everyone = self.institutions.order(self.seed, server_round)
-        return [name for name in everyone if name not in self.set_aside]
+        return [name for name in everyone if name not in self.quarantined]
 
     def messages(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, node_ids: list[int]

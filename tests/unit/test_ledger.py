@@ -160,10 +160,10 @@ def accepted(value):
 
 
 def test_accepted_replies_are_read_back_bit_for_bit(ledger):
-    flight = ledger.flight(1)
-    flight.note(Plan(5, asked={"supernode-01": ["m"], "supernode-02": ["n"]}))
-    flight.accept("supernode-01", accepted(1 / 3))
-    again = ledger.flight(1)
+    in_flight = ledger.in_flight(1)
+    in_flight.note(Plan(5, asked={"supernode-01": ["m"], "supernode-02": ["n"]}))
+    in_flight.accept("supernode-01", accepted(1 / 3))
+    again = ledger.in_flight(1)
     assert again.plan().asked == {"supernode-01": ["m"], "supernode-02": ["n"]}
     found = again.accepted(again.plan().asked)
     assert list(found) == ["supernode-01"]
@@ -173,28 +173,28 @@ def test_accepted_replies_are_read_back_bit_for_bit(ledger):
 
 
 def test_a_damaged_reply_is_asked_for_again(ledger):
-    flight = ledger.flight(1)
-    flight.note(Plan(5, asked={"supernode-01": ["m"]}))
-    flight.accept("supernode-01", accepted(1))
+    in_flight = ledger.in_flight(1)
+    in_flight.note(Plan(5, asked={"supernode-01": ["m"]}))
+    in_flight.accept("supernode-01", accepted(1))
     file = ledger.folder / "flight_1" / "supernode-01.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert flight.accepted(["supernode-01"]) == {}
+    assert in_flight.accepted(["supernode-01"]) == {}
 
 
 def test_a_damaged_plan_begins_the_round_anew(ledger):
-    flight = ledger.flight(1)
-    flight.note(Plan(5))
+    in_flight = ledger.in_flight(1)
+    in_flight.note(Plan(5))
     (ledger.folder / "flight_1" / "plan.json").write_text("{")
-    assert flight.plan() is None
+    assert in_flight.plan() is None
 
 
 def test_a_finished_round_forgets_its_flight_and_the_deaths_before_it(ledger):
     assert [ledger.started(5), ledger.started(5), ledger.started(5)] == [1, 2, 3]
-    ledger.flight(1).note(Plan(5))
+    ledger.in_flight(1).note(Plan(5))
     ledger.commit(state(1))
-    assert ledger.flight(1).plan() is None
+    assert ledger.in_flight(1).plan() is None
     assert ledger.started(5) == 2  # the one that finished the round, and this one
 
 
@@ -203,6 +203,6 @@ def test_starts_are_counted_for_each_run_by_itself(ledger):
 
 
 def test_a_plan_is_json_for_people(ledger):
-    ledger.flight(3).note(Plan(5, asked={"supernode-01": ["m"]}, failed={"x": "no cards"}))
+    ledger.in_flight(3).note(Plan(5, asked={"supernode-01": ["m"]}, failed={"x": "no cards"}))
     plan = json.loads((ledger.folder / "flight_3" / "plan.json").read_text())
     assert plan["failed"] == {"x": "no cards"}

@@ -11,10 +11,12 @@ from flwr.app import Array
 
 from app.adapter.layout import Manifest, digest
 from app.errors import AppError
+from app.server.cohort import RunContext
 from app.server.communication import Communication
 from app.server.institutions import Institutions
 from app.server.ledger import Ledger
 from app.server.liveness import RESTARTED, RETURN_S
+from app.server.polling import Mailbox
 from app.server.reply_checks import ReplyChecks
 from app.server.rounds import Rounds
 from app.server.run_record import RunRecord
@@ -43,23 +45,23 @@ class Run:
             institutions=institutions, seed=seed, sample_size=sample_size, fraction_evaluate=0.0
         )
         train = replace(CONFIG.train, learning_rate_max=1.0)
-        self.rounds = Rounds(
+        self.context = RunContext(
             run_id,
-            grid,
             strategy,
             ReplyChecks(CONFIG.replies, train, MANIFEST),
             replace(CONFIG.rounds, **settings),
             MANIFEST,
             Ledger(folder / "ledger", MANIFEST),
             RunRecord(folder),
-            Communication(folder / "comm_cost.txt"),
+            Mailbox(grid, clock=grid.clock, sleep=grid.clock.sleep),
             clock=grid.clock,
             sleep=grid.clock.sleep,
         )
+        self.rounds = Rounds(self.context, Communication(folder / "comm_cost.txt"))
 
     @property
     def strategy(self):
-        return self.rounds.strategy
+        return self.context.strategy
 
     def round(self, number=1):
         return self.rounds.run(number, np.zeros(3, np.float32))
@@ -415,7 +417,7 @@ def test_a_bad_reply_is_rejected_by_name_and_the_round_does_not_notice(tmp_path,
     assert third in run.who("reply")
 
 
-def test_after_so_many_bad_replies_an_institution_is_set_aside(tmp_path):
+def test_after_so_many_bad_replies_an_institution_is_quarantined(tmp_path):
     liar = "supernode-00"
     grid = FakeGrid(
         NAMES[:3], train=lambda n, m: reply(m, [float("nan")] * 3 if n == liar else [1] * 3)
@@ -424,7 +426,7 @@ def test_after_so_many_bad_replies_an_institution_is_set_aside(tmp_path):
     for number in range(1, 21):
         run.round(number)
     assert run.who("reply-rejected") == [liar] * CONFIG.replies.set_aside_after
-    assert run.who("set-aside") == [liar]
+    assert run.who("quarantined") == [liar]
 
 
 # --- another ServerApp goes on ---

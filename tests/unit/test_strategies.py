@@ -105,7 +105,7 @@ def test_what_a_strategy_adds_to_its_messages_is_sent():
     assert message.content["config"]["server-round"] == 1
 
 
-def test_who_is_set_aside_is_not_in_the_order():
+def test_who_is_quarantined_is_not_in_the_order():
     chosen = strategy(SETTINGS, institutions(), seed=1)
-    chosen.set_aside.add(NAMES[3])
+    chosen.quarantined.add(NAMES[3])
     assert sorted(chosen.order(1)) == [name for name in NAMES if name != NAMES[3]]
