@@ -10,7 +10,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-stamp
 
-PACKAGES := app superlink supernode certs embedded evaluation medfed
+PACKAGES := app compat superlink supernode certs embedded evaluation medfed
 
 .PHONY: setup demo test lint audit bench wheelhouse clean
 

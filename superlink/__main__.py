@@ -42,11 +42,16 @@ def parse(argv: list[str]) -> Settings:
 
 def main(argv: list[str]) -> int:
     """Run the SuperLink until it is stopped; the exit status."""
-    from . import preflight
+    from . import database, preflight
 
     try:
         settings = parse(argv)
         preflight.check(settings)
+        if (copy := database.back_up_before_migration(settings.database)) is not None:
+            print(
+                f"Flower migrates {settings.database} now; a copy of it as it was: {copy}",
+                file=sys.stderr,
+            )
     except SuperLinkError as error:
         print(f"error: {error}", file=sys.stderr)
         if error.hint:

@@ -13,12 +13,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = {"app", "certs", "embedded", "evaluation", "superlink", "supernode", "medfed", "benchmarks"}
+ROOMS = {
+    "app",
+    "certs",
+    "embedded",
+    "evaluation",
+    "superlink",
+    "supernode",
+    "medfed",
+    "benchmarks",
+} | {"compat"}
 MAY_IMPORT = {
     "app": set(),
     "certs": set(),
-    "superlink": set(),
-    "supernode": set(),
+    "superlink": {"compat"},
+    "supernode": {"compat"},
+    "compat": set(),
     "embedded": {"app"},
     "evaluation": {"app"},
     "benchmarks": ROOMS - {"benchmarks"},
