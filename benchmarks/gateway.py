@@ -31,13 +31,15 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.node_pb2 import Node
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 import certs
 from benchmarks.rounds import RESULTS, gateway, machine, say
+from compat.fleet_api import (
+    FleetHttpClient,
+    Node,
+    NodeAuthHttpInterceptor,
+    SendNodeHeartbeatRequest,
+)
 from superlink import health
 from superlink.control import Control
 

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from flwr.cli.build import build_fab_from_disk
 
 import certs
+from compat.fab import build_fab_from_disk
 from medfed import processes
 from medfed.paths import Home
 from medfed.runs import PROJECT

@@ -44,10 +44,9 @@ def newest_revisions() -> frozenset[str]:
     return frozenset(_migrations().get_heads())
 
 
-def unknown_revisions(revisions: frozenset[str]) -> frozenset[str]:
-    """Those that the installed Flower does not know: a newer Flower migrated the database."""
-    known = {script.revision for script in _migrations().walk_revisions()}
-    return revisions - known
+def known_revisions() -> frozenset[str]:
+    """Every revision that the installed Flower knows; a newer Flower's are not among them."""
+    return frozenset(script.revision for script in _migrations().walk_revisions())
 
 
 def _migrations() -> ScriptDirectory:

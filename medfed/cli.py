@@ -17,6 +17,7 @@ from medfed.commands import (
     connect,
     data,
     demo,
+    doctor,
     evaluate,
     federation,
     parity,
@@ -26,6 +27,7 @@ from medfed.commands import (
     site,
     submit,
     tunnel,
+    upgrade,
 )
 
 app = typer.Typer(
@@ -40,6 +42,7 @@ app.add_typer(certs.app, name="certs")
 app.add_typer(compose.app, name="compose")
 app.add_typer(data.app, name="data")
 app.add_typer(site.app, name="site")
+app.add_typer(upgrade.app, name="upgrade")
 app.command("prepare")(prepare.prepare)
 app.command("up")(federation.up)
 app.command("status")(federation.status)
@@ -48,6 +51,7 @@ app.command("connect")(connect.connect)
 app.command("tunnel")(tunnel.tunnel)
 app.command("run")(run.run)
 app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
 app.command("parity")(parity.parity)
 app.command("comm")(communication.communication)
 app.command("report")(report.report)

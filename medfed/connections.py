@@ -51,13 +51,15 @@ def write(address: str, ca: Path, supernodes: int) -> Written:
         FederationError: the address is malformed, or the Flower config cannot be read or written.
     """
     import click
-    from flwr.cli import flower_config
-    from flwr.cli.constant import LOCAL_SUPERLINK_ADDRESS_MAGIC_VALUE, SuperLinkConnectionTomlKey
-    from flwr.cli.typing import (
+
+    from compat.flower_config import (
+        LOCAL_SUPERLINK_ADDRESS_MAGIC_VALUE,
         SimulationBackendConfig,
         SimulationClientResources,
         SuperLinkConnection,
+        SuperLinkConnectionTomlKey,
         SuperLinkSimulationOptions,
+        flower_config,
     )
 
     host, _, port = address.rpartition(":")

@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flwr.cli.build import build_fab_from_disk
 from rich.console import Console
 
+from compat.fab import build_fab_from_disk
 from medfed import composed, processes
 from medfed.paths import Home
 from medfed.processes import FederationError

@@ -73,8 +73,7 @@ def run(
         RunError: a setting that the app has not; or the run failed or was stopped, and the message
             is the ServerApp's own.
     """
-    from flwr.cli.build import build_fab_from_disk
-
+    from compat.fab import build_fab_from_disk
     from medfed.follow import RoundsView, events
 
     defaults = default_config()
@@ -168,7 +167,7 @@ def _ending(control: Control, run_id: int, console: Console) -> Callable[[], boo
 
 def default_config() -> dict[str, bool | float | int | str]:
     """The run config of ``pyproject.toml``, flat."""
-    from flwr.common.config import flatten_dict
+    from compat.run_config import flatten_dict
 
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
     return flatten_dict(project["tool"]["flwr"]["app"]["config"])

@@ -59,8 +59,9 @@ def main(argv: list[str]) -> int:
         return 1
 
     os.environ.update(environment(settings, os.environ, Path(sys.executable).parent))
+    from compat.superlink import run_superlink
+
     from . import renewal
-    from .longpoll import run_superlink
 
     renewal.install(settings.certificate, settings.key)
     sys.argv = arguments(settings)

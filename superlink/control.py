@@ -22,24 +22,26 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_ssh_public_key,
 )
-from flwr.cli.cli_client_interceptor import CliClientHttpInterceptor
-from flwr.common.constant import HEARTBEAT_PATIENCE
-from flwr.common.serde import fab_to_proto, user_config_to_proto
-from flwr.proto.control_pb2 import (
+
+from compat.control_api import (
+    HEARTBEAT_PATIENCE,
+    CliClientHttpInterceptor,
+    ControlHttpClient,
+    Fab,
+    FlowerError,
     ListNodesRequest,
     ListRunsRequest,
+    NodeInfo,
     RegisterNodeRequest,
+    RuntimeVersionHttpInterceptor,
+    SimulationConfig,
     StartRunRequest,
     StopRunRequest,
     StreamLogsRequest,
     UnregisterNodeRequest,
+    fab_to_proto,
+    user_config_to_proto,
 )
-from flwr.proto.federation_config_pb2 import SimulationConfig
-from flwr.proto.node_pb2 import NodeInfo
-from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.error import FlowerError
-from flwr.supercore.fab import Fab
-from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 
 from .errors import SuperLinkError
 

@@ -45,9 +45,8 @@ def migration_of(database: Path) -> Migration | None:
     if not database.exists():
         return None
     before = state_database.revisions_of(database)
-    return Migration(
-        before, state_database.newest_revisions(), state_database.unknown_revisions(before)
-    )
+    unknown = before - state_database.known_revisions()
+    return Migration(before, state_database.newest_revisions(), unknown)
 
 
 def back_up_before_migration(database: Path) -> Path | None:

@@ -48,7 +48,7 @@ class Renewal:
 
     def watch(self, stop: threading.Event, every: float = LOOK_S) -> None:
         """Look again and again until ``stop`` is set."""
-        from flwr.supercore import log
+        from flwr.common import log
 
         while not stop.wait(every):
             try:

@@ -102,10 +102,12 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
 
-    from .polling import run_supernode
+    from compat.supernode import run_supernode
+
+    from .wire import wire_log
 
     sys.argv = arguments(settings)
-    run_supernode()
+    run_supernode(wire_log().reply_left)
     return 0
 
 
@@ -122,10 +124,10 @@ def _gate(settings: Settings) -> None:
             file=sys.stderr,
         )
         return
-    from .gate import hook
+    from .gate import gate
     from .gate.site import Site
 
-    hook.install(settings.name, Site.at(settings.site, settings.audit))
+    gate.install(settings.name, Site.at(settings.site, settings.audit))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ _THREAD_VARIABLES = (
 )
 
 DEFAULT_RUNTIME_PORT = 9094
+# Has a `flwr-clientapp` that hands each message to the warm process.
+WARM_BIN = Path(__file__).parent / "warm" / "bin"
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,11 @@ def environment(settings: Settings, inherited: Mapping[str, str], programs: Path
             looks up on PATH: first there, so that no other installation is picked up.
     """
     variables = dict(inherited)
-    variables["PATH"] = f"{programs}:{inherited.get('PATH', '')}".rstrip(":")
+    folders = [str(programs), inherited.get("PATH", "")]
+    if inherited.get("MEDFED_WARM_SOCKET"):  # ClientApps are forked from the warm process
+        folders.insert(0, str(WARM_BIN))
+        variables.setdefault("MEDFED_WARM_PYTHON", sys.executable)
+    variables["PATH"] = ":".join(filter(None, folders))
     variables["FLWR_TELEMETRY_ENABLED"] = "0"
     variables["FLWR_DISABLE_UPDATE_CHECK"] = "1"
     for name in _THREAD_VARIABLES:

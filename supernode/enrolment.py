@@ -45,15 +45,15 @@ def enrol(
         SuperNodeError: the key is not registered, counted as online to the end, or the answer was
             something else.
     """
-    from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
-    from flwr.proto.fleet_pb2 import (
+    from compat.fleet_api import (
+        HEARTBEAT_DEFAULT_INTERVAL,
         ActivateNodeRequest,
         DeactivateNodeRequest,
+        FleetHttpClient,
+        NodeAuthHttpInterceptor,
+        RuntimeVersionHttpInterceptor,
+        public_key_to_bytes,
     )
-    from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-    from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     key: ec.EllipticCurvePrivateKey = read_key(settings.key)
@@ -113,7 +113,7 @@ def _is_registered(question: Callable[[], object]) -> bool:
     Raises:
         httpx.HTTPStatusError: the SuperLink answered neither yes nor no.
     """
-    from flwr.supercore.error import ApiErrorCode
+    from compat.fleet_api import ApiErrorCode
 
     try:
         question()
@@ -127,14 +127,14 @@ def _is_registered(question: Callable[[], object]) -> bool:
 
 
 def _code(error: httpx.HTTPStatusError) -> int | None:
-    from flwr.supercore.error import FlowerError
+    from compat.fleet_api import FlowerError
 
     told = FlowerError.from_json(error.response.text)
     return None if told is None else int(told.code)
 
 
 def _is_online_already(error: httpx.HTTPStatusError) -> bool:
-    from flwr.supercore.error import ApiErrorCode
+    from compat.fleet_api import ApiErrorCode
 
     return _code(error) == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
 

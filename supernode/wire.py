@@ -10,6 +10,7 @@ Linux alone counts this (``TCP_INFO``, tcp(7)); elsewhere no line is written.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import ssl
 import struct
@@ -115,3 +116,12 @@ class WireLog:
         with self._file.open("a", encoding="utf-8") as log:
             log.write(json.dumps({**line, "sent": crossed.sent, "received": crossed.received}))
             log.write("\n")
+
+
+def wire_log() -> WireLog:
+    """Count this process's connections from now on, in the log beside its Flower state."""
+    home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
+    home.mkdir(parents=True, exist_ok=True)
+    meter = Meter()
+    meter.install()
+    return WireLog(home / "wire.jsonl", meter)

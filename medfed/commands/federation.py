@@ -73,34 +73,40 @@ def up(
 
 def status(as_json: Json = False) -> None:
     """Show each process, its connection and its memory. Exits 1 if one of them is down."""
+    from compat import report
     from medfed import processes
     from medfed.paths import Home
 
     home = Home.from_environment()
     found = processes.status(home)
+    flower = report()
     well = bool(found) and all(one.alive and one.online for one in found)
     if as_json:
         print(
             json.dumps(
-                [
-                    {
-                        "name": one.name,
-                        "pid": one.pid,
-                        "alive": one.alive,
-                        "online": one.online,
-                        "pss-bytes": one.pss,
-                        "last-seen": one.last_seen.isoformat() if one.last_seen else None,
-                        "log": one.log,
-                        "gate": one.gate,
-                    }
-                    for one in found
-                ]
+                {
+                    "flower": flower.as_json(),
+                    "processes": [
+                        {
+                            "name": one.name,
+                            "pid": one.pid,
+                            "alive": one.alive,
+                            "online": one.online,
+                            "pss-bytes": one.pss,
+                            "last-seen": one.last_seen.isoformat() if one.last_seen else None,
+                            "log": one.log,
+                            "gate": one.gate,
+                        }
+                        for one in found
+                    ],
+                }
             )
         )
     elif not found:
         print(f"Nothing runs: `medfed up` has not started a federation in {home.root}.")
     else:
         _print_table(found)
+        print(flower.summary() + ("" if not flower.off else ": `medfed doctor` says why"))
     if not well:
         raise typer.Exit(1)
 

@@ -33,9 +33,9 @@ def parity(
 
     Exits with 0 if all are equal, with 3 if not.
     """
-    from flwr.common.config import parse_config_args
     from rich.console import Console
 
+    from compat.run_config import parse_config_args
     from medfed import demo as demo_run
     from medfed.parity import available, prove
     from medfed.paths import Home

@@ -26,9 +26,9 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Submit the app, show its rounds live, print what came of it."""
-    from flwr.common.config import parse_config_args
     from rich.console import Console
 
+    from compat.run_config import parse_config_args
     from medfed import demo as demo_run
     from medfed.paths import Home
     from medfed.runs import run as run_app

@@ -200,7 +200,7 @@ def _content(fab: Path) -> bytes:
     """
     try:
         if fab.is_dir():
-            from flwr.cli.build import build_fab_from_disk
+            from compat.fab import build_fab_from_disk
 
             return build_fab_from_disk(fab)
         return fab.read_bytes()

@@ -21,6 +21,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# Imported before the fork: a child finds what is installed, and not this repository.
+from compat.clientapp import run_clientapp
+
 PROGRAM = "flwr-clientapp"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD)
 
@@ -208,9 +211,7 @@ def _exit_status_of_clientapp() -> int:
     """
     status = 0
     try:
-        from flwr.supernode.cli import flwr_clientapp
-
-        flwr_clientapp()
+        run_clientapp()
     except SystemExit as end:
         if isinstance(end.code, int):
             status = end.code

@@ -26,6 +26,7 @@ from flwr.cli.build import build_fab_from_disk
 
 from certs import store
 from superlink.control import Control
+from supernode.command import WARM_BIN
 from supernode.warm import supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -262,7 +263,7 @@ class Federation:
         ]
         self._start(
             "superlink",
-            _program("superlink.longpoll", "run_superlink", "flower-superlink", self.stock)
+            _program("compat.superlink", "run_superlink", "flower-superlink", self.stock)
             + arguments,
             self._environment(self.home / "flwr-superlink"),
         )
@@ -279,6 +280,8 @@ class Federation:
         environment = self._environment(self.home / "flwr" / name) | self.environment
         if self.warm is not None:
             environment["MEDFED_WARM_SOCKET"] = str(self.warm)
+            environment["MEDFED_WARM_PYTHON"] = sys.executable
+            environment["PATH"] = f"{WARM_BIN}:{environment['PATH']}"
         arguments = [
             *("--superlink", self.address),
             *("--root-certificates", str(certificates / "ca.crt")),
@@ -288,7 +291,7 @@ class Federation:
         ]
         self._start(
             name,
-            _program("supernode.polling", "run_supernode", "flower-supernode", self.stock)
+            _program("compat.supernode", "run_supernode", "flower-supernode", self.stock)
             + arguments,
             environment,
         )

@@ -7,6 +7,7 @@ import threading
 import time
 import types
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.server import polling as server_side
-from supernode import polling
+from compat import supernode_polling as polling
+from compat.supernode import run_supernode
 from tests.fake_clock import Clock
 
 
@@ -26,42 +28,11 @@ def pace(clock: Clock) -> polling.Pace:
 # --- the SuperNode's side -------------------------------------------------------------------------
 
 
-def test_the_installed_flower_is_the_one_this_was_written_for():
-    """Fails when Flower changes what supernode/polling.py stands on: read the diff first."""
-    assert polling.findings() == []
-
-
-def test_another_version_of_flower_is_left_alone(monkeypatch):
-    monkeypatch.setattr(polling, "FLOWER", "1.99.0")
-    assert polling.findings() == ["expected flwr 1.99.0, found 1.41.0"]
-
-
-@pytest.mark.parametrize(
-    ("source", "difference"),
-    [
-        ("import time\ndef f():\n    time.sleep(3)", None),
-        ("import time\ndef f():\n    time.sleep(4)", "found ['time.sleep(4)']"),
-        ("import time\ndef f():\n    pass", "found []"),
-        ("import time\ndef f():\n    time.sleep(3); time.time()", "'time.time()'"),
-        ("import time\ndef f():\n    nap = time.sleep; nap(3)", "found ['time']"),
-        ("import time\ng = 1", "expected a function"),
-        ("from time import sleep\ndef f():\n    sleep(3)", "to import the module time"),
-    ],
-)
-def test_any_other_use_of_time_is_found(tmp_path, monkeypatch, source, difference):
-    (tmp_path / "other_flower.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "other_flower", raising=False)
-    import other_flower  # type: ignore[import-not-found]
-
-    found = polling.differences(other_flower, {"f": ["time.sleep(3)"]})
-    assert (found == []) if difference is None else (difference in found[0])
-
-
 def test_an_unexpected_flower_polls_as_it_does_by_itself(monkeypatch):
-    monkeypatch.setattr(polling, "findings", lambda: ["something else"])
+    pins = {"flwr.supernode.start_client_internal": {"start_client_internal": "0"}}
+    monkeypatch.setattr(polling, "HOOK", replace(polling.HOOK, pins=pins))
     started = _instead_of_flower(monkeypatch)
-    polling.run_supernode()
+    run_supernode()
     assert started == [["flower-supernode", "--insecure"]]
     from flwr.supernode import start_client_internal
 
@@ -70,36 +41,18 @@ def test_an_unexpected_flower_polls_as_it_does_by_itself(monkeypatch):
 
 def test_somebody_elses_superexec_is_left_alone(monkeypatch):
     started = _instead_of_flower(monkeypatch, "--isolation=process")
-    polling.run_supernode()
+    run_supernode()
     assert started == [["flower-supernode", "--insecure", "--isolation=process"]]
 
 
 def test_superexec_gets_a_secret_that_is_on_no_disk(monkeypatch):
     started = _instead_of_flower(monkeypatch)
-    polling.run_supernode()
+    run_supernode()
     assert started[0][2:5] == ["--isolation", "process", "--superexec-auth-secret-file"]
     secret = Path(started[0][5])
     assert secret.read_bytes() == secret.read_bytes() != b""
     assert len(secret.read_bytes()) == 32
     assert not secret.resolve().exists()  # only this process's descriptor leads to it
-
-
-def test_clientapps_come_from_the_warm_process_only_where_there_is_one(monkeypatch):
-    _instead_of_flower(monkeypatch)
-    monkeypatch.setenv("PATH", "/bin")
-    monkeypatch.delenv("MEDFED_WARM_SOCKET", raising=False)
-    polling.run_supernode()
-    assert _path() == "/bin"
-    monkeypatch.setenv("MEDFED_WARM_SOCKET", "/run/warm")
-    monkeypatch.setattr(sys, "argv", ["flower-supernode"])
-    polling.run_supernode()
-    assert _path() == f"{polling.WARM_BIN}:/bin"
-
-
-def _path() -> str:
-    import os
-
-    return os.environ["PATH"]
 
 
 def _instead_of_flower(monkeypatch: pytest.MonkeyPatch, *more: str) -> list[list[str]]:

@@ -108,6 +108,16 @@ def test_nothing_is_told_to_anybody(settings):
     assert variables["FLWR_DISABLE_UPDATE_CHECK"] == "1"
 
 
+def test_clientapps_come_from_the_warm_process_only_where_there_is_one(settings):
+    cold = command.environment(settings, {"PATH": "/bin"}, Path("/venv/bin"))
+    assert cold["PATH"] == "/venv/bin:/bin"
+    warm = command.environment(
+        settings, {"PATH": "/bin", "MEDFED_WARM_SOCKET": "/run/warm"}, Path("/venv/bin")
+    )
+    assert warm["PATH"] == f"{command.WARM_BIN}:/venv/bin:/bin"
+    assert (command.WARM_BIN / "flwr-clientapp").is_file()
+
+
 def test_a_share_of_the_multiprocessors_reaches_the_clientapp(settings):
     entry = replace(settings.entry, gpu=GpuSlice(device="1", memory=0.5, mps=25))
     sliced = replace(settings, entry=entry, use_gpu=True)

@@ -23,8 +23,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from supernode.command import WARM_BIN
 from supernode.errors import SuperNodeError
-from supernode.polling import WARM_BIN
 from supernode.warm import child, preload, server, supervisor
 
 ROOT = Path(__file__).resolve().parents[2]

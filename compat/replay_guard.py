@@ -1,6 +1,6 @@
-"""Refuse a SuperNode's signature that has been seen before.
+"""Hook: a SuperNode's signature that has been seen before is refused.
 
-A SuperNode signs the time, to the microsecond, afresh for every request, and Flower 1.41 accepts
+A SuperNode signs the time, to the microsecond, afresh for every request, and Flower accepts
 that signature for five minutes: whoever gets hold of one may act for the node that long. Here each
 is good once. What is remembered is key and time, not the signature's own bytes: for an elliptic
 curve anybody can turn one good signature into a second one.
@@ -13,10 +13,16 @@ import binascii
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
+from importlib import import_module
 from typing import Any
 
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+
+from .digests import replace
+from .hooks import Hook
+
+_EXTENSIONS = "flwr.superlink.extensions"
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
@@ -67,13 +73,29 @@ class ReplayGuard:
         await self._app(scope, receive, watch)
 
 
+def _extension_points() -> list[str]:
+    from flwr.superlink import extensions, main
+
+    if getattr(main, "extensions", None) is extensions:
+        return []
+    return ["expected flwr.superlink.main to take middleware from flwr.superlink.extensions"]
+
+
+HOOK = Hook(
+    name="replay_guard",
+    gives="a SuperNode's signature is accepted once",
+    without="the SuperLink does not start: whoever has a signature could use it for five minutes",
+    pins={_EXTENSIONS: {"get_middleware": "37012f4eb789b63f"}},
+    check=_extension_points,
+)
+
+
 def install() -> None:
     """Put the guard in front of the SuperLink that this process is about to start."""
-    from flwr.superlink import extensions
     from starlette.middleware import Middleware
 
-    others = extensions.get_middleware
-    extensions.get_middleware = lambda: (Middleware(ReplayGuard), *others())
+    others = import_module(_EXTENSIONS).get_middleware
+    replace(_EXTENSIONS, "get_middleware", lambda: (Middleware(ReplayGuard), *others()))
 
 
 def _identity(scope: Event) -> Identity | None:

@@ -7,8 +7,8 @@ import base64
 
 import pytest
 
-from superlink import replay
-from superlink.replay import WINDOW_S, Event, ReplayGuard
+from compat import replay_guard
+from compat.replay_guard import WINDOW_S, Event, ReplayGuard
 
 PULL = "/v1/fleet/pull-messages"
 
@@ -24,7 +24,7 @@ class SuperLink:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def answer(self, _scope: Event, _receive: object, send: replay.Send) -> None:
+    async def answer(self, _scope: Event, _receive: object, send: replay_guard.Send) -> None:
         self.asked += 1
         await self.gate.wait()
         await send({"type": "http.response.start", "status": self.status, "headers": []})
@@ -129,7 +129,7 @@ def test_flowers_own_signer_never_signs_the_same_twice() -> None:
         context = ProtobufRequestContext("rpc", None, request)  # type: ignore[arg-type]
         signer.intercept(context, lambda _: httpx.Response(200))
         pairs = [(name.lower(), value) for name, value in request.headers.raw]
-        identities.add(replay._identity({"type": "http", "path": PULL, "headers": pairs}))
+        identities.add(replay_guard._identity({"type": "http", "path": PULL, "headers": pairs}))
     assert None not in identities
     assert len(identities) == 50
 
@@ -140,5 +140,5 @@ def test_it_stands_in_front_of_everything_else(monkeypatch: pytest.MonkeyPatch) 
 
     other = Middleware(object)  # type: ignore[arg-type]
     monkeypatch.setattr(extensions, "get_middleware", lambda: (other,))
-    replay.install()
+    replay_guard.install()
     assert [middleware.cls for middleware in extensions.get_middleware()] == [ReplayGuard, object]

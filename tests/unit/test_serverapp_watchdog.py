@@ -1,4 +1,4 @@
-"""superlink/superexec.py: a ServerApp that dies is started again, and what is finished stays so."""
+"""A ServerApp that dies is started again, and what is finished stays so."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select, update
 
-from superlink import superexec
+from compat import serverapp_watchdog, superexec
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def state() -> SqlLinkState:
 
 @pytest.fixture(autouse=True)
 def _nobody_called() -> None:
-    superexec._bell.clear()
+    serverapp_watchdog._bell.clear()
 
 
 def a_task(state: SqlLinkState, kind: str = TaskType.SERVER_APP, run_id: int = 2**63 + 5) -> int:
@@ -61,29 +61,11 @@ def status(state: SqlLinkState, task: int) -> str:
     return str(found.status.status)
 
 
-def test_the_installed_flower_is_the_one_this_was_written_for():
-    """Fails when Flower changes what superlink/superexec.py stands on: read the diff first."""
-    assert superexec.findings() == []
-
-
-def test_another_flower_is_left_alone(monkeypatch):
-    monkeypatch.setattr(superexec, "FLOWER", "1.99.0")
-    assert superexec.findings() == ["expected flwr 1.99.0, found 1.41.0"]
-
-
-@pytest.mark.parametrize("name", ["check_abort", "gone", "check_abort.gone"])
-def test_a_changed_or_missing_function_is_found(monkeypatch, name):
-    module = "flwr.server.superlink.utils"
-    monkeypatch.setattr(superexec, "INTERNALS", {module: {name: "00" * 8}})
-    expected = f"expected {module}.{name} as in flwr 1.41.0, found it changed"
-    assert superexec.findings() == [expected]
-
-
 def test_a_requeued_task_is_started_again_under_its_run_id_and_the_old_token_is_worth_nothing(
     state,
 ):
     task, token = at_work(state)
-    assert superexec.requeue(state) == [2**63 + 5]
+    assert serverapp_watchdog.requeue(state) == [2**63 + 5]
     assert status(state, task) == Status.PENDING
     assert state.get_task_by_token(token) is None
     assert not state.acknowledge_task_heartbeat(task)
@@ -95,7 +77,7 @@ def test_one_whose_heartbeats_ran_out_while_the_superlink_was_down_is_started_ag
     task, _ = at_work(state)
     with state.session() as session:
         session.execute(update(Task).values(active_until=now() - timedelta(hours=9)))
-    assert len(superexec.requeue(state)) == 1
+    assert len(serverapp_watchdog.requeue(state)) == 1
     assert status(state, task) == Status.PENDING
 
 
@@ -107,7 +89,7 @@ def test_what_waits_is_finished_or_is_no_serverapp_is_not_touched(state):
         assert state.finish_task(task, how, "by itself")
         finished[task] = how
     other, token = at_work(state, kind=TaskType.AGENT_APP)
-    assert superexec.requeue(state) == []
+    assert serverapp_watchdog.requeue(state) == []
     assert status(state, waiting) == Status.PENDING
     for task, how in finished.items():
         (found,) = state.get_tasks(task_ids=[task])
@@ -119,18 +101,18 @@ def test_what_waits_is_finished_or_is_no_serverapp_is_not_touched(state):
 def test_only_the_dead_ones_task_is_put_back_while_the_superlink_runs(state):
     dead, token = at_work(state)
     alive, _ = at_work(state, run_id=8)
-    assert superexec.requeue(state, token) == [2**63 + 5]
+    assert serverapp_watchdog.requeue(state, token) == [2**63 + 5]
     assert (status(state, dead), status(state, alive)) == (Status.PENDING, Status.RUNNING)
 
 
-def watch(state: Any) -> tuple[superexec.ServerAppWatch, list[float]]:
+def watch(state: Any) -> tuple[serverapp_watchdog.ServerAppWatchdog, list[float]]:
     waited: list[float] = []
-    return superexec.ServerAppWatch(state, waited.append), waited
+    return serverapp_watchdog.ServerAppWatchdog(state, waited.append), waited
 
 
 def until_followed() -> None:
     for thread in threading.enumerate():
-        if thread.name == "serverapp-watch":
+        if thread.name == "serverapp-watchdog":
             thread.join(10)
 
 
@@ -153,7 +135,7 @@ def test_a_serverapp_that_ends_before_its_run_is_put_back(state, tmp_path, monke
 def test_superexec_is_called_when_a_serverapp_was_put_back(state):
     _, token = at_work(state)
     watch(state)[0].ended(token, "killed by SIGKILL", lived=100.0)
-    assert superexec._bell.is_set()
+    assert serverapp_watchdog._bell.is_set()
 
 
 @pytest.mark.parametrize("how", [SubStatus.COMPLETED, SubStatus.FAILED, SubStatus.STOPPED])
@@ -177,21 +159,21 @@ def test_superexec_looks_again_after_each_start_for_it_takes_one_task_at_a_time(
     process = watch(state)[0].launch(["true"])
     assert process is not None
     process.wait()
-    assert superexec._bell.is_set()
+    assert serverapp_watchdog._bell.is_set()
 
 
 def test_a_database_that_takes_nothing_now_is_asked_again_until_it_does(state, monkeypatch):
     task, token = at_work(state)
     watching, waited = watch(state)
     troubles = [OSError("database or disk is full")] * 3
-    put_back = superexec.requeue
+    put_back = serverapp_watchdog.requeue
 
     def requeue(*arguments: Any) -> list[int]:
         if troubles:
             raise troubles.pop()
         return put_back(*arguments)
 
-    monkeypatch.setattr(superexec, "requeue", requeue)
+    monkeypatch.setattr(serverapp_watchdog, "requeue", requeue)
     watching.ended(token, "killed by SIGKILL", lived=100.0)
     assert waited == [0, 5, 5, 5]
     assert status(state, task) == Status.PENDING
@@ -206,7 +188,7 @@ def test_a_serverapp_has_a_session_of_its_own(state, tmp_path, monkeypatch):
 def test_one_that_dies_at_once_again_and_again_is_given_up_with_the_reason(state):
     watching, waited = watch(state)
     task = a_task(state)
-    for _ in range(superexec.MOST_QUICK_DEATHS):
+    for _ in range(serverapp_watchdog.MOST_QUICK_DEATHS):
         watching.ended(claimed(state, task), "killed by SIGSEGV", lived=2.0)
         assert status(state, task) == Status.PENDING
     assert waited == [0, 1, 2, 4, 8, 16, 30, 30]
@@ -220,14 +202,14 @@ def test_one_that_dies_at_once_again_and_again_is_given_up_with_the_reason(state
 
 @given(st.lists(st.floats(0, 200), max_size=60))
 def test_waits_are_short_and_a_steady_one_never_waits(lives):
-    restarts = superexec.Restarts()
+    restarts = serverapp_watchdog.Restarts()
     quick = 0
     for lived in lives:
-        quick = quick + 1 if lived < superexec.STEADY_S else 0
+        quick = quick + 1 if lived < serverapp_watchdog.STEADY_S else 0
         wait = restarts.wait(1, lived)
         if quick <= 1:
             assert wait == 0
-        elif quick <= superexec.MOST_QUICK_DEATHS:
+        elif quick <= serverapp_watchdog.MOST_QUICK_DEATHS:
             assert wait is not None
             assert 0 < wait <= 30
         else:
@@ -235,7 +217,7 @@ def test_waits_are_short_and_a_steady_one_never_waits(lives):
 
 
 def test_one_runs_deaths_are_not_anothers():
-    restarts = superexec.Restarts()
+    restarts = serverapp_watchdog.Restarts()
     for _ in range(5):
         restarts.wait(1, 0.0)
     assert restarts.wait(2, 0.0) == 0
@@ -254,7 +236,7 @@ def test_replies_are_taken_until_the_run_is_over(monkeypatch, run, refused):
     from flwr.superlink.servicer.fleet import fleet_handlers
 
     monkeypatch.setattr(fleet_handlers, "check_abort", fleet_handlers.check_abort)
-    superexec.accept_between_server_apps()
+    serverapp_watchdog.accept_between_server_apps()
     everything = [Status.PENDING, Status.STARTING, Status.FINISHED]
     cleaned_up: list[int] = []
     found = fleet_handlers.check_abort(
@@ -269,10 +251,10 @@ def test_replies_are_taken_until_the_run_is_over(monkeypatch, run, refused):
 
 
 def test_superexec_is_called_and_does_not_sleep_through_it():
-    clock = superexec.CalledClock()
-    superexec.call()
+    clock = serverapp_watchdog.CalledClock()
+    serverapp_watchdog.call()
     clock.sleep(1)  # or this test takes ten seconds
-    assert not superexec._bell.is_set()
+    assert not serverapp_watchdog._bell.is_set()
 
 
 @pytest.fixture
@@ -298,7 +280,7 @@ def lifespan(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_serverapp_that_is_silent_for_hours_is_not_given_up(state, lifespan):
-    superexec.install()
+    serverapp_watchdog.install()
     _, token = at_work(state)
     assert state.acknowledge_task_heartbeat(state.get_task_by_token(token).task_id)
     with state.session() as session:
@@ -317,10 +299,19 @@ def test_before_it_serves_the_superlink_puts_back_what_went_down_with_it(
         seen.append(status(state, task))
         begun.set()
 
-    monkeypatch.setattr(superexec, "_superexec", run)
-    arguments = superexec.install()
+    monkeypatch.setattr(superexec, "_run", run)
+    arguments = serverapp_watchdog.install()
     factory = SimpleNamespace(state=lambda: state, objectstore_factory=None)
-    config: Any = SimpleNamespace(isolation="process", health_server_address=None)
+    config: Any = SimpleNamespace(
+        isolation="process",
+        health_server_address=None,
+        host="::1",
+        port=8000,
+        certificates=None,
+        ssl_ca_certfile=None,
+        superexec_auth_secret=b"secret",
+        runtime_dependency_install=False,
+    )
     lifespan(config, factory).startup()
     assert begun.wait(10)
     assert seen == [Status.PENDING]

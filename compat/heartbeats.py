@@ -1,10 +1,11 @@
-"""Signs of life: often while a message is worked on, and whatever happens.
+"""Hook: a SuperNode that works on a message sends a heartbeat every 3 s, whatever happens.
 
-Stock Flower 1.41 sends a heartbeat every 20 s and announces 30 s, so the SuperLink takes a dead
-SuperNode for online for up to a minute; and its thread ends for good on the first HTTP 500. Here
-a SuperNode that works on a message sends one every 3 s and announces 10 s, Flower's least: whoever
-waits for its reply sees ``online_until`` move, and 20 s after it stopped it counts as offline. At
-rest everything is as in Flower.
+Flower sends one every 20 s and announces 30 s, so the SuperLink takes a dead SuperNode for online
+for up to a minute; and Flower's thread ends for good on the first HTTP 500. Here a SuperNode at
+work announces 10 s, Flower's least: whoever waits for its reply sees ``online_until`` move, and
+20 s after it stopped it counts as offline. At rest everything is as in Flower.
+
+Replaced: the class ``HeartbeatSender`` as ``http_request_response`` uses it.
 """
 
 from __future__ import annotations
@@ -18,24 +19,28 @@ from typing import Any
 
 import httpx
 
-from . import internals
+from .digests import replace
+from .hooks import Hook
 
-INTERNALS = {
-    "flwr.supernode.fleet_http_connection": {"http_request_response": "b80ca36779c2657f"},
-    "flwr.supercore.heartbeat": {"HeartbeatSender": "27714c8e35121c84"},
-}
+HOOK = Hook(
+    name="heartbeats",
+    gives="a heartbeat every 3 s while a SuperNode works on a message, whatever happens",
+    without="a dead SuperNode counts as online for up to a minute, and one HTTP 500 ends its "
+    "heartbeats for good",
+    pins={
+        "flwr.supernode.fleet_http_connection": {"http_request_response": "b80ca36779c2657f"},
+        "flwr.supercore.heartbeat": {"HeartbeatSender": "27714c8e35121c84"},
+    },
+    requires=("supernode_polling",),  # which knows when a message arrives and when it is answered
+)
+_CONNECTION = "flwr.supernode.fleet_http_connection"
 WORKING_EVERY_S = 3.0
 WORKING_ANNOUNCED_S = 10  # flwr.common.constant.HEARTBEAT_MIN_INTERVAL
 _AT_REST_EVERY_S = (17.5, 22.5)  # as flwr.supercore.heartbeat draws it
 _AFTER_FAILURE_S = (2.0, 4.0)
 
 
-def findings() -> list[str]:
-    """What the installed Flower does differently from what this file was written for."""
-    return internals.findings(INTERNALS)
-
-
-class Lifeline:
+class Heartbeats:
     """Sends heartbeats in a thread. Takes the place of Flower's ``HeartbeatSender``.
 
     Args:
@@ -56,9 +61,9 @@ class Lifeline:
         self._trouble = ""
         self._news = threading.Event()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lifeline", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
 
-    def with_heartbeat(self, heartbeat: Callable[[], bool]) -> Lifeline:
+    def with_heartbeat(self, heartbeat: Callable[[], bool]) -> Heartbeats:
         """Send with ``heartbeat``; whether the SuperLink took it. Called as the class it replaces.
 
         Raises:
@@ -119,7 +124,7 @@ class Lifeline:
         return WORKING_EVERY_S if works else self._draw(*_AT_REST_EVERY_S)
 
     def _tell(self, trouble: str) -> None:
-        from flwr.supercore import log
+        from flwr.common import log
 
         if trouble and trouble != self._trouble:
             log(WARNING, "No heartbeat got through (%s); trying again every few seconds", trouble)
@@ -128,14 +133,14 @@ class Lifeline:
         self._trouble = trouble
 
 
-def install() -> Lifeline:
+def install() -> Heartbeats:
     """Have the connection that this process is about to open send its heartbeats from here."""
-    connection: Any = import_module("flwr.supernode.fleet_http_connection")
+    connection: Any = import_module(_CONNECTION)
 
     def announce(seconds: int) -> None:
         # Read for every heartbeat, and by no other thread once the node is activated.
         connection.HEARTBEAT_DEFAULT_INTERVAL = seconds
 
-    lifeline = Lifeline(announce, connection.HEARTBEAT_DEFAULT_INTERVAL)
-    connection.HeartbeatSender = lifeline.with_heartbeat
-    return lifeline
+    heartbeats = Heartbeats(announce, connection.HEARTBEAT_DEFAULT_INTERVAL)
+    replace(_CONNECTION, "HeartbeatSender", heartbeats.with_heartbeat)
+    return heartbeats

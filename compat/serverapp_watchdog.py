@@ -1,6 +1,6 @@
-"""A ServerApp that dies is started again, under the same run id.
+"""Hook: a ServerApp that dies is started again, under the same run id.
 
-Stock Flower 1.41 starts a ServerApp's process and forgets it. When it is killed, or goes down with
+Flower starts a ServerApp's process and forgets it. When it is killed, or goes down with
 its SuperLink, the run is marked as failed a minute later. Here SuperExec, which starts ServerApps,
 runs as a thread of the SuperLink that is called when there is something to start, and
 
@@ -21,54 +21,54 @@ else on the machine can take a run's task, which in Flower's default isolation a
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import os
-import secrets
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
-from importlib import import_module, metadata
+from collections.abc import Callable, Sequence
 from logging import ERROR, INFO, WARNING
 from types import SimpleNamespace
 from typing import Any
 
-FLOWER = "1.41.0"
+from . import superexec
+from .digests import replace
+from .hooks import Hook
 
-# By module: what is replaced, or relied on beyond its interface, and the first 16 digits of the
-# SHA-256 of its source.
-INTERNALS = {
-    "flwr.superlink.cli.flower_superlink": {
-        "SuperLinkLifespan.startup": "b0244511814dfd31",
-        "SuperLinkLifespan.shutdown": "72868137a4a87ab7",
-        "SuperLinkLifespan._start_superexec_if_needed": "134a554c9e570981",
-        "_get_superexec_command": "5d60007f01d10102",
+HOOK = Hook(
+    name="serverapp_watchdog",
+    gives="a ServerApp that dies, also with its SuperLink, is started again under its run id",
+    without="a run whose ServerApp or SuperLink dies is marked as failed a minute later",
+    pins={
+        "flwr.superlink.cli.flower_superlink": {
+            "SuperLinkLifespan.startup": "b0244511814dfd31",
+            "SuperLinkLifespan.shutdown": "72868137a4a87ab7",
+            "SuperLinkLifespan._start_superexec_if_needed": "134a554c9e570981",
+            "_get_superexec_command": "5d60007f01d10102",
+        },
+        superexec.MODULE: superexec.PINS,
+        "flwr.supercore.superexec.executor.subprocess_executor": {
+            "SubprocessExecutor.launch": "83abf3dbe02281fd",
+        },
+        "flwr.supercore.corestate.sql_corestate": {
+            "SqlCoreState._cleanup_expired_task_tokens": "34301eae2ee4a008",
+            "SqlCoreState.claim_task": "35fd1c6c4f6aa488",
+            "SqlCoreState.activate_task": "358975eb70e41786",
+            "SqlCoreState.acknowledge_task_heartbeat": "b4e87c4b327d6978",
+            "SqlCoreState.finish_task": "8bad718954b9218b",
+            "SqlCoreState.get_task_by_token": "cf6795c4851955b9",
+        },
+        "flwr.server.superlink.utils": {"check_abort": "4990608beb174034"},
+        "flwr.superlink.servicer.fleet.fleet_handlers": {
+            "push_messages": "70c2fe927c6693b0",
+            "push_object": "df7e96f1188e0a40",
+            "pull_object": "78f6d45fda46df47",
+            "get_run": "004ad390c8b38c0e",
+            "get_fab": "8778f0626c77d66d",
+            "confirm_message_received": "52bf47754a452d94",
+        },
     },
-    "flwr.supercore.superexec.run_superexec": {"run_superexec": "d11f4e7fbc8f0b12"},
-    "flwr.supercore.superexec.executor.subprocess_executor": {
-        "SubprocessExecutor.launch": "83abf3dbe02281fd",
-    },
-    "flwr.supercore.corestate.sql_corestate": {
-        "SqlCoreState._cleanup_expired_task_tokens": "34301eae2ee4a008",
-        "SqlCoreState.claim_task": "35fd1c6c4f6aa488",
-        "SqlCoreState.activate_task": "358975eb70e41786",
-        "SqlCoreState.acknowledge_task_heartbeat": "b4e87c4b327d6978",
-        "SqlCoreState.finish_task": "8bad718954b9218b",
-        "SqlCoreState.get_task_by_token": "cf6795c4851955b9",
-    },
-    "flwr.server.superlink.utils": {"check_abort": "4990608beb174034"},
-    "flwr.superlink.servicer.fleet.fleet_handlers": {
-        "push_messages": "70c2fe927c6693b0",
-        "push_object": "df7e96f1188e0a40",
-        "pull_object": "78f6d45fda46df47",
-        "get_run": "004ad390c8b38c0e",
-        "get_fab": "8778f0626c77d66d",
-        "confirm_message_received": "52bf47754a452d94",
-    },
-}
+)
+_EXECUTOR = "flwr.supercore.superexec.executor.subprocess_executor"
 _PROGRAM = "flwr-serverapp"
 STEADY_S = 60.0
 _LONGEST_WAIT_S = 30.0
@@ -94,32 +94,6 @@ class CalledClock:
         del seconds
         _bell.wait(_LOOKS_EVERY_S)
         _bell.clear()
-
-
-def findings() -> list[str]:
-    """What the installed Flower does differently from what this file was written for.
-
-    Returns:
-        One line per difference; empty when ServerApps may be started again.
-    """
-    installed = metadata.version("flwr")
-    if installed != FLOWER:
-        return [f"expected flwr {FLOWER}, found {installed}"]
-    return [
-        f"expected {module}.{name} as in flwr {FLOWER}, found it changed"
-        for module, names in INTERNALS.items()
-        for name, known in names.items()
-        if digest(vars(import_module(module)), name) != known
-    ]
-
-
-def digest(module: Mapping[str, Any], name: str) -> str:
-    """The first 16 digits of the SHA-256 of the source of ``function`` or ``Class.method``."""
-    first, *others = name.split(".")
-    function = reduce(lambda owner, part: getattr(owner, part, None), others, module.get(first))
-    if not callable(function):
-        return ""
-    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
 
 
 def requeue(state: Any, token: str | None = None) -> list[int]:
@@ -174,7 +148,7 @@ class Restarts:
         return min(2.0 ** (quick - 2), _LONGEST_WAIT_S) if quick > 1 else 0.0
 
 
-class ServerAppWatch:
+class ServerAppWatchdog:
     """Watches the ServerApps that SuperExec starts in this process.
 
     Args:
@@ -188,9 +162,8 @@ class ServerAppWatch:
 
     def install(self) -> None:
         """Have SuperExec start ServerApps through :meth:`launch`."""
-        executor = import_module("flwr.supercore.superexec.executor.subprocess_executor")
         stand_in = SimpleNamespace(Popen=self.launch, DEVNULL=subprocess.DEVNULL)
-        vars(executor)["subprocess"] = stand_in
+        replace(_EXECUTOR, "subprocess", stand_in)
 
     def launch(self, arguments: Sequence[str], **options: Any) -> subprocess.Popen[bytes] | None:
         """Start a process and, if it is a ServerApp, watch it until it ends.
@@ -214,7 +187,7 @@ class ServerAppWatch:
 
     def _in_a_thread(self, function: Callable[..., None], *arguments: Any) -> None:
         threading.Thread(
-            target=function, args=arguments, name="serverapp-watch", daemon=True
+            target=function, args=arguments, name="serverapp-watchdog", daemon=True
         ).start()
 
     def _follow(self, process: subprocess.Popen[bytes], token: str) -> None:
@@ -224,8 +197,8 @@ class ServerAppWatch:
 
     def ended(self, token: str, how: str, lived: float) -> None:
         """A ServerApp has ended, ``lived`` seconds after its start."""
+        from flwr.common import log
         from flwr.common.constant import SubStatus
-        from flwr.supercore import log
 
         task = self._surely(self._state.get_task_by_token, token)
         if task is None:  # it has finished its task, or the run was stopped
@@ -249,7 +222,7 @@ class ServerAppWatch:
 
     def _surely(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call it until it succeeds: a full disk, say, must not make a run wait for ever."""
-        from flwr.supercore import log
+        from flwr.common import log
 
         while True:
             try:
@@ -274,12 +247,10 @@ def accept_between_server_apps() -> None:
     from flwr.common.constant import Status
     from flwr.server.superlink.utils import check_abort
 
-    fleet: Any = import_module("flwr.superlink.servicer.fleet.fleet_handlers")
-
     def finished(run_id: int, _refused: list[str], state: Any) -> str | None:
         return check_abort(run_id, [Status.FINISHED], state)
 
-    fleet.check_abort = finished
+    replace("flwr.superlink.servicer.fleet.fleet_handlers", "check_abort", finished)
 
 
 def install() -> list[str]:
@@ -291,48 +262,25 @@ def install() -> list[str]:
 
     def start_superexec(lifespan: Any) -> None:
         """Called in the SuperLink's start-up, before it serves anybody."""
-        from flwr.supercore import log
+        from flwr.common import log
+        from flwr.supercore.address import resolve_bind_address
 
         state, config = lifespan.state_factory.state(), lifespan.config
         for run_id in requeue(state):
             log(INFO, "Run %d goes on: its ServerApp went down with the SuperLink", run_id)
-        ServerAppWatch(state).install()
-        threading.Thread(target=_superexec, args=(config,), name="superexec", daemon=True).start()
-
-    corestate: Any = import_module("flwr.supercore.corestate.sql_corestate")
-    corestate.HEARTBEAT_PATIENCE = _PATIENCE
-    command: Any = import_module("flwr.superlink.cli.flower_superlink")
-    command.SuperLinkLifespan._start_superexec_if_needed = start_superexec
-    superexec: Any = import_module("flwr.supercore.superexec.run_superexec")
-    superexec.time = CalledClock()
-    # The SuperLink has its own, and Python refuses signal handlers outside the main thread.
-    superexec.register_signal_handlers = lambda **_settings: None
-    accept_between_server_apps()
-    return ["--isolation", "process", "--superexec-auth-secret-file", _secret_file()]
-
-
-def _superexec(config: Any) -> None:
-    """Run SuperExec; a SuperLink without one would accept runs and never start them."""
-    from flwr.supercore import log
-    from flwr.supercore.address import resolve_bind_address
-    from flwr.supercore.superexec.run_superexec import run_superexec
-
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    try:
-        run_superexec(
+        ServerAppWatchdog(state).install()
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        superexec.start(
             runtime_api_address=resolve_bind_address(f"{host}:{config.port}"),
             insecure=config.certificates is None,
             root_certificates_path=config.ssl_ca_certfile,
             superexec_auth_secret=config.superexec_auth_secret,
             runtime_dependency_install=config.runtime_dependency_install,
         )
-    except BaseException as error:  # noqa: BLE001  (SystemExit too: it ends only this thread)
-        log(ERROR, "SuperExec ended, so this SuperLink stops: %r", error)
-    os.kill(os.getpid(), signal.SIGTERM)
 
-
-def _secret_file() -> str:
-    """A fresh secret in memory, readable as a file by this process and never on a disk."""
-    descriptor = os.memfd_create("superexec-secret", os.MFD_CLOEXEC)
-    os.write(descriptor, secrets.token_bytes(32))
-    return f"/proc/self/fd/{descriptor}"
+    replace("flwr.supercore.corestate.sql_corestate", "HEARTBEAT_PATIENCE", _PATIENCE)
+    command = "flwr.superlink.cli.flower_superlink"
+    replace(command, "SuperLinkLifespan._start_superexec_if_needed", start_superexec)
+    superexec.install(CalledClock())
+    accept_between_server_apps()
+    return superexec.secret_arguments()

@@ -1,6 +1,6 @@
-"""The connection to the SuperLink, which outlasts restarts of SuperLink, gateway and network.
+"""Hook: a SuperNode's connection outlasts restarts of SuperLink, gateway and network.
 
-Flower 1.41 tries again when a connection is refused or a gateway answers 502 to 504, with waits
+Flower tries again when a connection is refused or a gateway answers 502 to 504, with waits
 that grow to 20 s. Anything else it lets through: a TLS connection that is cut while a gateway
 restarts, or one HTTP 500. Then a finished reply is thrown away, or the SuperNode ends. Here
 
@@ -10,6 +10,8 @@ restarts, or one HTTP 500. Then a finished reply is thrown away, or the SuperNod
 
 A run that is over is not argued with (``RunNotRunningException``), nor is a key that is refused
 (Flower ends the SuperNode).
+
+Replaced: ``http_request_response``, ``FleetHttpClient`` and ``MAX_RETRY_DELAY``.
 """
 
 from __future__ import annotations
@@ -27,18 +29,28 @@ import httpx
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import RunNotRunningException
 
-from . import internals
+from .digests import replace
+from .hooks import Hook
 
-INTERNALS = {
-    "flwr.supernode.start_client_internal": {
-        "_init_connection": "800f9aba73646ea2",
-        "_pull_and_store_message": "eaf5d0e36dc34e4c",
-        "_push_messages": "00bb86faffdec114",
+_CONNECTION = "flwr.supernode.fleet_http_connection"
+_WORKER = "flwr.supernode.start_client_internal"
+_RETRY = "flwr.supercore.retry.http_retry"
+HOOK = Hook(
+    name="retry",
+    gives="requests to the SuperLink that outlast restarts of SuperLink, gateway and network",
+    without="a connection that is cut, or one HTTP 500, costs a finished reply or ends the "
+    "SuperNode",
+    pins={
+        _WORKER: {
+            "_init_connection": "800f9aba73646ea2",
+            "_pull_and_store_message": "eaf5d0e36dc34e4c",
+            "_push_messages": "00bb86faffdec114",
+        },
+        _CONNECTION: {"http_request_response": "b80ca36779c2657f"},
+        _RETRY: {"make_simple_http_retry_invoker": "49e12326a4b17e26"},
+        "flwr.supercore.protobuf.client": {"ProtobufClient.__init__": "ea57554c6ab40501"},
     },
-    "flwr.supernode.fleet_http_connection": {"http_request_response": "b80ca36779c2657f"},
-    "flwr.supercore.retry.http_retry": {"make_simple_http_retry_invoker": "49e12326a4b17e26"},
-    "flwr.supercore.protobuf.client": {"ProtobufClient.__init__": "ea57554c6ab40501"},
-}
+)
 LONGEST_WAIT_S = 8
 PATIENCE_S = 300.0
 _CONNECT_S = 5.0
@@ -47,11 +59,6 @@ _NOT_NOW = (408, 425, 429)
 
 Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")
-
-
-def findings() -> list[str]:
-    """What the installed Flower does differently from what this file was written for."""
-    return internals.findings(INTERNALS)
 
 
 def passes(error: Exception) -> bool:
@@ -101,7 +108,7 @@ class Patience:
         """
 
         def patient(*arguments: Parameters.args, **options: Parameters.kwargs) -> Answer:
-            from flwr.supercore import log
+            from flwr.common import log
 
             began, wait, tries = self._clock(), 1.0, 0
             while True:
@@ -191,7 +198,7 @@ def _or_drop_the_message(function: Callable[Parameters, Answer]) -> Callable[Par
     """One message that cannot be worked on is no reason for a SuperNode to end."""
 
     def dropping(*arguments: Parameters.args, **options: Parameters.kwargs) -> Answer:
-        from flwr.supercore import log
+        from flwr.common import log
 
         try:
             return function(*arguments, **options)
@@ -206,9 +213,8 @@ def _or_drop_the_message(function: Callable[Parameters, Answer]) -> Callable[Par
 
 def install() -> None:
     """Make the connection that this process is about to open a patient one."""
-    retry: Any = import_module("flwr.supercore.retry.http_retry")
-    retry.MAX_RETRY_DELAY = LONGEST_WAIT_S
-    fleet: Any = import_module("flwr.supernode.fleet_http_connection")
+    replace(_RETRY, "MAX_RETRY_DELAY", LONGEST_WAIT_S)
+    fleet: Any = import_module(_CONNECTION)
     stock: Any = fleet.FleetHttpClient
 
     class QuickToConnect(stock):  # type: ignore[misc]
@@ -218,13 +224,12 @@ def install() -> None:
             super().__init__(*arguments, **options)
             self._client.timeout = httpx.Timeout(self._client.timeout.read, connect=_CONNECT_S)
 
-    fleet.FleetHttpClient = QuickToConnect
-    worker: Any = import_module("flwr.supernode.start_client_internal")
-    connect = worker.http_request_response
+    replace(_CONNECTION, "FleetHttpClient", QuickToConnect)
+    connect = import_module(_WORKER).http_request_response
 
     @contextmanager
     def connect_patiently(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...]]:
         with connect(*arguments, **options) as connection:
             yield around(connection, Patience())
 
-    worker.http_request_response = connect_patiently
+    replace(_WORKER, "http_request_response", connect_patiently)

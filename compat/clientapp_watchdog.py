@@ -1,12 +1,14 @@
-"""A ClientApp that ends without an answer is answered for at once.
+"""Hook: a ClientApp that exits without a reply is answered with an error at once.
 
-Stock Flower 1.41 starts a ClientApp's process and forgets it. One that is killed in training is
-missed after a minute without heartbeats; one that is killed before it has taken its message, or
-that is told to stop, is never missed; and one that is killed while it hands its reply over leaves
-half a reply, for whose other half the SuperNode waits for ever. Here
+Flower starts a ClientApp's process and forgets it. One that is killed in training is noticed after
+a minute without heartbeats. One that is killed before it has taken its message, or that is told to
+stop, is never noticed. One that is killed while it hands its reply over leaves half a reply, for
+whose other half the SuperNode waits for ever. Here
 
 - the process is watched, and when it ends its message gets an error reply at once if it has none;
 - a reply counts as there when all its objects are there, so half a reply can still be taken back.
+
+Replaced: ``subprocess`` in ``subprocess_executor``, which then starts ClientApps through here.
 """
 
 from __future__ import annotations
@@ -15,47 +17,47 @@ import signal
 import subprocess
 import threading
 from collections.abc import Sequence
-from importlib import import_module
 from logging import WARNING
 from types import SimpleNamespace
 from typing import Any
 
-from . import internals
+from .digests import replace
+from .hooks import Hook
 
-INTERNALS = {
-    "flwr.supercore.superexec.executor.subprocess_executor": {
-        "SubprocessExecutor.launch": "83abf3dbe02281fd",
+_EXECUTOR = "flwr.supercore.superexec.executor.subprocess_executor"
+HOOK = Hook(
+    name="clientapp_watchdog",
+    gives="an error reply at once for a ClientApp that ends without one",
+    without="a ClientApp that is killed is noticed after a minute, or never",
+    pins={
+        _EXECUTOR: {"SubprocessExecutor.launch": "83abf3dbe02281fd"},
+        "flwr.supernode.start_client_internal": {
+            "_insert_message": "a0c6f4605e993f04",
+            "_push_messages": "00bb86faffdec114",
+        },
+        "flwr.supernode.nodestate.in_memory_nodestate": {
+            "InMemoryNodeState.get_messages_legacy": "1a5a9140a90c95b9",
+            "InMemoryNodeState.store_message": "8d38cc83c3fb7d5a",
+            "InMemoryNodeState.delete_messages": "b5305a764184df89",
+            "InMemoryNodeState.finish_task": "6800803a9677cd3d",
+            "InMemoryNodeState.record_message_processing_start": "be1591d854ff1512",
+            "InMemoryNodeState.record_message_processing_end": "46dac2722579f70e",
+        },
+        "flwr.supercore.corestate.in_memory_corestate": {
+            "InMemoryCoreState.finish_task": "74802c12902fb68b",
+            "InMemoryCoreState.get_task_by_token": "08f66c55f91ccc5f",
+        },
     },
-    "flwr.supernode.start_client_internal": {
-        "_insert_message": "a0c6f4605e993f04",
-        "_push_messages": "00bb86faffdec114",
-    },
-    "flwr.supernode.nodestate.in_memory_nodestate": {
-        "InMemoryNodeState.get_messages_legacy": "1a5a9140a90c95b9",
-        "InMemoryNodeState.store_message": "8d38cc83c3fb7d5a",
-        "InMemoryNodeState.delete_messages": "b5305a764184df89",
-        "InMemoryNodeState.finish_task": "6800803a9677cd3d",
-        "InMemoryNodeState.record_message_processing_start": "be1591d854ff1512",
-        "InMemoryNodeState.record_message_processing_end": "46dac2722579f70e",
-    },
-    "flwr.supercore.corestate.in_memory_corestate": {
-        "InMemoryCoreState.finish_task": "74802c12902fb68b",
-        "InMemoryCoreState.get_task_by_token": "08f66c55f91ccc5f",
-    },
-}
+    requires=("supernode_polling",),  # which runs SuperExec in this process
+)
 _PROGRAM = "flwr-clientapp"
 _OPEN = ("pending", "starting", "running")  # flwr.common.constant.Status
-
-
-def findings() -> list[str]:
-    """What the installed Flower does differently from what this file was written for."""
-    return internals.findings(INTERNALS)
 
 
 def forget_what_did_not_arrive(state: Any) -> None:
     """Forget a message whose run was stopped while it was on its way here.
 
-    Stock Flower 1.41 keeps the message and its task. With the next message both are worked on, the
+    Flower keeps the message and its task. With the next message both are worked on, the
     wrong reply is taken for its answer, and the right one lies there until a third message comes.
 
     Args:
@@ -70,7 +72,7 @@ def forget_what_did_not_arrive(state: Any) -> None:
         state.finish_task(task.task_id, "failed", "its message did not arrive")
 
 
-class ClientAppWatch:
+class ClientAppWatchdog:
     """Answers for ClientApps that end without having answered.
 
     Args:
@@ -82,9 +84,8 @@ class ClientAppWatch:
 
     def install(self) -> None:
         """Have SuperExec, which runs in this process, start ClientApps through :meth:`launch`."""
-        executor = import_module("flwr.supercore.superexec.executor.subprocess_executor")
         stand_in = SimpleNamespace(Popen=self.launch, DEVNULL=subprocess.DEVNULL)
-        vars(executor)["subprocess"] = stand_in
+        replace(_EXECUTOR, "subprocess", stand_in)
 
     def launch(self, arguments: Sequence[str], **options: Any) -> subprocess.Popen[bytes] | None:
         """Start a process and, if it is a ClientApp, watch it until it ends.
@@ -104,7 +105,7 @@ class ClientAppWatch:
             return None
         threading.Thread(
             target=lambda: self._ended(task, asked, how_it_ended(process.wait())),
-            name="clientapp-watch",
+            name="clientapp-watchdog",
             daemon=True,
         ).start()
         return process
@@ -126,8 +127,8 @@ class ClientAppWatch:
         if task is None:
             return
         from flwr.app import Error, Message
+        from flwr.common import log
         from flwr.common.constant import ErrorCode, SubStatus
-        from flwr.supercore import log
         from flwr.supernode.start_client_internal import _insert_message
 
         state = self._state

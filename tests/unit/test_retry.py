@@ -1,4 +1,4 @@
-"""supernode/patience.py: what a connection to the SuperLink outlasts, and what it does not."""
+"""supernode/retry.py: what a connection to the SuperLink outlasts, and what it does not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from flwr.supercore.run import RunNotRunningException
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supernode import patience
-from supernode.patience import Delivery, Patience
+from compat import retry
+from compat.retry import Delivery, Patience
 from tests.fake_clock import Clock
 
 
@@ -31,7 +31,7 @@ FINAL = [answer(400), answer(404), answer(413), ObjectUnavailableError("o"), Val
 
 
 class PatientClock(Clock):
-    """A clock that makes patience."""
+    """A clock that makes retry."""
 
     def patience(self, draw: Callable[[float, float], float] = lambda low, high: high) -> Patience:
         return Patience(self.sleep, self, draw)
@@ -49,11 +49,6 @@ class Failing:
         if self.troubles:
             raise self.troubles.pop(0)
         return arguments
-
-
-def test_the_installed_flower_is_the_one_this_was_written_for():
-    """Fails when Flower changes what supernode/patience.py stands on: read the diff first."""
-    assert patience.findings() == []
 
 
 @given(st.lists(st.sampled_from(PASSING), max_size=12), st.floats(0, 1))
@@ -77,7 +72,7 @@ def test_what_does_not_pass_is_said_at_once(trouble):
 def test_a_run_that_is_over_is_not_argued_with():
     clock = PatientClock()
     forever = clock.patience().with_(
-        "try", Failing(RunNotRunningException()), float("inf"), patience.may_pass
+        "try", Failing(RunNotRunningException()), float("inf"), retry.may_pass
     )
     with pytest.raises(RunNotRunningException):
         forever()
@@ -88,7 +83,7 @@ def test_patience_ends_after_some_minutes():
     clock, function = PatientClock(), Failing(*[CUT] * 1000)
     with pytest.raises(httpx.ConnectError):
         clock.patience().with_("try", function)()
-    assert patience.PATIENCE_S <= clock.now <= patience.PATIENCE_S + patience.LONGEST_WAIT_S
+    assert retry.PATIENCE_S <= clock.now <= retry.PATIENCE_S + retry.LONGEST_WAIT_S
 
 
 def connection(**functions: Any) -> tuple[Any, ...]:
@@ -98,14 +93,14 @@ def connection(**functions: Any) -> tuple[Any, ...]:
 
 def test_messages_are_asked_for_for_ever_whatever_goes_wrong():
     clock, receive = PatientClock(), Failing(*[*PASSING, *FINAL] * 100)
-    _, ask, *_ = patience.around(connection(receive=receive), clock.patience())
+    _, ask, *_ = retry.around(connection(receive=receive), clock.patience())
     assert ask() == ()
     assert clock.now > 3600
 
 
 def test_a_reply_outlasts_a_gateway_that_restarts():
     clock, send, push = PatientClock(), Failing(CUT, answer(500)), Failing(CUT, answer(502), CUT)
-    around = patience.around(connection(send=send, push=push), clock.patience())
+    around = retry.around(connection(send=send, push=push), clock.patience())
     assert around[2]("message", "tree", 1.0) == ("message", "tree", 1.0)
     around[6](7, "session", "object", b"content")
     assert len(send.calls) == 3
@@ -115,7 +110,7 @@ def test_a_reply_outlasts_a_gateway_that_restarts():
 @pytest.mark.parametrize("which", ["get_run", "get_fab"])
 def test_a_message_that_cannot_be_worked_on_does_not_end_the_supernode(which):
     functions = {which: Failing(answer(404))}
-    around = patience.around(connection(**functions), PatientClock().patience())
+    around = retry.around(connection(**functions), PatientClock().patience())
     with pytest.raises(RunNotRunningException):
         around[3 if which == "get_run" else 4](7, "x")
 
@@ -144,7 +139,7 @@ class SuperLink:
 def test_an_object_whose_answer_got_lost_is_asked_about_not_sent_twice():
     clock, superlink = PatientClock(), SuperLink("a", "b", "c")
     superlink.answers_lost = 1
-    around = patience.around(
+    around = retry.around(
         connection(send=superlink.send, push=superlink.push_object), clock.patience()
     )
     missing, session = around[2]("message", "tree", 1.0)
@@ -184,7 +179,7 @@ def test_flowers_own_waits_and_connections_are_short(monkeypatch):
         (start_client_internal, "http_request_response"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
-    patience.install()
+    retry.install()
     waits = http_retry.make_simple_http_retry_invoker().wait_gen_factory()
     assert [next(waits) for _ in range(6)] == [1, 2, 4, 8, 8, 8]
     with fleet_http_connection.FleetHttpClient("https://superlink") as client:

@@ -18,10 +18,12 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.run import RunNotRunningException
 
-from supernode import internals
+from compat import digests, hooks, site_gate
+from compat.digests import differences
 from supernode.__main__ import main
 from supernode.errors import SuperNodeError
-from supernode.gate import audit, hook, policy
+from supernode.gate import audit, policy
+from supernode.gate import gate as hook
 from supernode.gate.site import Site
 from tests.e2e.warm_federation import write_app
 
@@ -291,25 +293,6 @@ def test_without_a_log_nothing_happens(hospital, superlink, monkeypatch):
 # --- in Flower ------------------------------------------------------------------------------------
 
 
-def test_the_installed_flower_is_the_one_this_was_written_for():
-    """Fails when Flower changes what the gate stands on: read the diff first."""
-    assert hook.findings() == []
-
-
-def test_a_changed_function_is_found():
-    def other() -> None:
-        """Another."""
-
-    found = internals.differences(
-        {"f": other, "h": 1}, {"f": "00" * 8, "g": "", "h": ""}, "flwr.some.module"
-    )
-    assert [line.split(" ")[1] for line in found] == [
-        "flwr.some.module.f",
-        "a",
-        "a",
-    ]
-
-
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     policy.create(tmp_path / "site" / "policy.toml", "supernode-07")
@@ -318,6 +301,7 @@ def site(tmp_path: Path) -> Site:
 
 @pytest.fixture
 def flower(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.setattr(digests, "_originals", {})
     from flwr.supernode import start_client_internal
 
     monkeypatch.setattr(
@@ -327,13 +311,42 @@ def flower(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return start_client_internal
 
 
-def test_another_flower_does_not_start(monkeypatch, flower, site):
-    monkeypatch.setattr(internals, "FLOWER", "1.99.0")
+def changed(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
+    """A Flower in which one function is another."""
+    import importlib
+
+    def other() -> None:
+        """Another."""
+
+    monkeypatch.setattr(importlib.import_module(module), name, other)
+
+
+WORKER = "flwr.supernode.start_client_internal"
+
+
+@pytest.mark.parametrize("name", list(site_gate.HOOK.pins[WORKER]))
+def test_a_flower_that_has_changed_where_the_gate_stands_does_not_start(
+    monkeypatch, flower, site, name
+):
+    changed(monkeypatch, WORKER, name)
     before = flower._init_connection
-    with pytest.raises(SuperNodeError, match=r"expected flwr 1\.99\.0, found 1\.41\.0"):
+    with pytest.raises(SuperNodeError, match=f"expected {WORKER}.{name} as in flwr") as refused:
         hook.install("supernode-07", site)
+    assert "flwr 1.41.0 and 1.42.0 are known to it" in refused.value.hint
     assert flower._init_connection is before
     assert not site.audit.exists()
+
+
+def test_a_flower_that_has_changed_elsewhere_starts_with_its_gate(monkeypatch, flower, site):
+    changed(monkeypatch, "flwr.supercore.superexec.run_superexec", "run_superexec")
+    monkeypatch.setattr(hooks.metadata, "version", lambda _name: "1.99.0")
+    hook.install("supernode-07", site)
+    assert differences({WORKER: {"_init_connection": "800f9aba73646ea2"}}) == []
+
+
+def test_the_other_hooks_still_find_the_flower_that_they_know(flower, site):
+    hook.install("supernode-07", site)
+    assert hooks.report("supernode").off == ()
 
 
 def test_the_connection_goes_through_the_gate(monkeypatch, flower, site, superlink):
@@ -359,13 +372,6 @@ def test_apps_installed_before_are_installed_anew(flower, site, tmp_path):
     stale.mkdir(parents=True)
     hook.install("supernode-07", site)
     assert not stale.exists()
-
-
-def test_adaptive_polling_still_finds_the_flower_it_knows(flower, site):
-    from supernode import polling
-
-    hook.install("supernode-07", site)
-    assert polling.findings() == []
 
 
 def test_a_policy_with_an_error_stops_the_start(site, flower):

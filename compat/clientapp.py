@@ -1,0 +1,10 @@
+"""Flower's ``flwr-clientapp`` as a function, for a process that was forked to become it."""
+
+from __future__ import annotations
+
+
+def run_clientapp() -> None:
+    """Run ``flwr-clientapp`` on ``sys.argv``."""
+    from flwr.supernode.cli import flwr_clientapp
+
+    flwr_clientapp()
