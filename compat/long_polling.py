@@ -1,21 +1,24 @@
-"""Hook: long polling. A request for messages is held open until there is one.
+"""Hook: long polling. A request for messages is held until there is one.
 
-A SuperNode asks the SuperLink for messages, a ServerApp for replies. Flower answers
-"nothing yet" at once, so both choose between late (3 s polls) and expensive (each poll costs a
-signature, its check and an SQL transaction). This middleware keeps such an answer back until a
-message for that node, or a reply to one of those messages, has arrived *with all its objects*, or
-some seconds have passed. Twenty nodes at rest then ask once every 20 s, and a sampled one hears of
-its message within milliseconds.
+A SuperNode asks the SuperLink for messages, a ServerApp for replies. Flower answers "nothing yet"
+at once, so both choose between late (3 s polls) and expensive (each poll costs a signature, its
+check and an SQL transaction). This middleware holds such a request until a message for that node,
+or a reply to one of those messages, has arrived *with all its objects*, or some seconds have
+passed. Twenty nodes at rest then ask once every 20 s, and a sampled one gets its message within
+milliseconds.
 
-The second thing it does: while a message's objects are still being uploaded, nobody is told of
-the message. Stock Flower hands it out at once, and whoever asks for a missing object waits a full
-second before asking again.
+It does two more things:
 
-The third: requests reach Flower one at a time, because its database has a single writer.
+- While a message's objects are still being uploaded, nobody is told of the message. Flower hands it
+  out at once, and whoever asks for a missing object waits a full second before asking again.
+- Requests reach Flower one at a time, because its database has a single writer.
 
-A question is always answered by Flower itself, authentication included, before it is held and
-again when there is news. Nothing is held that Flower did not answer with an authenticated "nothing
-yet". Without this hook nodes and ServerApp poll (``supernode_polling``, ``app/server/polling.py``).
+Flower itself always answers a request, authentication included, before it is held and again when
+there is news. Nothing is held that Flower did not answer with an authenticated "nothing yet".
+Without this hook SuperNodes and ServerApp poll (``supernode_polling``, ``app/server/polling.py``).
+
+Replaced: ``flwr.superlink.extensions.get_middleware``, the extension point that Flower's own
+commercial edition uses.
 """
 
 from __future__ import annotations
@@ -94,7 +97,7 @@ _ANSWERS: dict[str, type[_Parsed]] = dict(
 
 
 @dataclass(eq=False)
-class Question:
+class HeldRequest:
     """One request for messages that may have to wait."""
 
     keys: frozenset[Key]
@@ -115,14 +118,14 @@ class Board:
     """Who waits for what, and which messages are not complete yet. One event loop, no locks."""
 
     def __init__(self) -> None:
-        self.questions: set[Question] = set()
+        self.held: set[HeldRequest] = set()
         self.uploads: set[Upload] = set()
         self.closing = False
 
-    def supersede(self, question: Question) -> None:
+    def supersede(self, request: HeldRequest) -> None:
         """Let older questions with the same keys go: their asker has come back."""
-        for other in self.questions:
-            if other is not question and other.keys == question.keys:
+        for other in self.held:
+            if other is not request and other.keys == request.keys:
                 other.superseded = True
                 other.news.set()
 
@@ -132,9 +135,9 @@ class Board:
             return
         self.uploads.discard(upload)
         upload.done.set()
-        for question in self.questions:
-            if question.keys & upload.keys:
-                question.news.set()
+        for request in self.held:
+            if request.keys & upload.keys:
+                request.news.set()
 
     def stored(self, object_id: str) -> None:
         """An object has arrived."""
@@ -144,10 +147,10 @@ class Board:
                 if not upload.objects:
                     self.finish(upload)
 
-    async def settled(self, keys: frozenset[Key], patience: float) -> None:
-        """Wait until nothing for these keys is half uploaded, at most ``patience`` seconds."""
+    async def settled(self, keys: frozenset[Key], most_s: float) -> None:
+        """Wait until nothing for these keys is half uploaded, at most ``most_s`` seconds."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(most_s):
                 while waiting := self.uploading(keys):
                     await waiting[0].done.wait()
 
@@ -158,9 +161,9 @@ class Board:
     def close(self) -> None:
         """The SuperLink is stopping: hold nothing any more."""
         self.closing = True
-        for question in self.questions:
-            question.superseded = True
-            question.news.set()
+        for request in self.held:
+            request.superseded = True
+            request.news.set()
 
 
 class LongPoll:
@@ -247,20 +250,20 @@ class LongPoll:
         if (body := await _body(receive)) is None:
             return
         keys = frozenset(_pull_keys(path, body))
-        question = Question(keys)
-        self.board.questions.add(question)
+        request = HeldRequest(keys)
+        self.board.held.add(request)
         try:
             answer = await self._ask(scope, body, keys)
             if keys and self._may_wait(path, answer):
-                self.board.supersede(question)
-                if await self._news(question, _spread(self._hold[path], keys), receive):
+                self.board.supersede(request)
+                if await self._news(request, _spread(self._hold[path], keys), receive):
                     answer = await self._ask(scope, body, keys)
         finally:
-            self.board.questions.discard(question)
+            self.board.held.discard(request)
         await _send(answer, send)
 
     def _may_wait(self, path: str, answer: list[Event]) -> bool:
-        if self.board.closing or len(self.board.questions) > MOST_HELD:
+        if self.board.closing or len(self.board.held) > MOST_HELD:
             return False
         if answer[0].get("status") != 200:
             return False
@@ -269,16 +272,16 @@ class LongPoll:
         # Nothing was found if it says nothing: every one of these is empty then.
         return response is not None and not response.ListFields()
 
-    async def _news(self, question: Question, patience: float, receive: Receive) -> bool:
+    async def _news(self, request: HeldRequest, most_s: float, receive: Receive) -> bool:
         """Wait; whether it is worth asking Flower again.
 
         Never for a client that has gone: Flower counts a message as delivered once it has answered.
         """
-        news = asyncio.ensure_future(question.news.wait())
+        news = asyncio.ensure_future(request.news.wait())
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait((news, gone), timeout=patience, return_when="FIRST_COMPLETED")
-            return news.done() and not gone.done() and not question.superseded
+            await asyncio.wait((news, gone), timeout=most_s, return_when="FIRST_COMPLETED")
+            return news.done() and not gone.done() and not request.superseded
         finally:
             for task in (news, gone):
                 task.cancel()
@@ -315,13 +318,13 @@ class LongPoll:
         await _send(answer, send)
 
 
-def _spread(patience: float, keys: frozenset[Key]) -> float:
-    """A little less than ``patience``, each asker its own: nodes that came together part ways.
+def _spread(most_s: float, keys: frozenset[Key]) -> float:
+    """A little less than ``most_s``, each asker its own: nodes in step fall out of step.
 
     Twenty questions in one moment would keep a round that begins just then waiting for its turn.
     """
     number = sum(key for _, key in keys if isinstance(key, int))
-    return patience * (1 - 0.25 * (number % 97) / 97)
+    return most_s * (1 - 0.25 * (number % 97) / 97)
 
 
 def _pull_keys(path: str, body: bytes) -> Iterable[Key]:

@@ -78,22 +78,22 @@ _PATIENCE = 2880
 _DATABASE_RETRY_S = 5.0
 _LOOKS_EVERY_S = 10.0  # for what became due by itself: automations, claims that ran out
 
-_bell = threading.Event()
+_due = threading.Event()
 
 
 def call() -> None:
     """Call SuperExec: there may be something to start."""
-    _bell.set()
+    _due.set()
 
 
 class CalledClock:
     """Stands in for the module ``time`` in ``run_superexec``: it waits until it is called."""
 
     def sleep(self, seconds: float) -> None:
-        """Wait for the bell where stock Flower sleeps ``seconds``."""
+        """Wait for :func:`call` where Flower sleeps ``seconds``."""
         del seconds
-        _bell.wait(_LOOKS_EVERY_S)
-        _bell.clear()
+        _due.wait(_LOOKS_EVERY_S)
+        _due.clear()
 
 
 def requeue(state: Any, token: str | None = None) -> list[int]:

@@ -20,7 +20,7 @@ from .roster import DEFAULT_ROSTER, load
 
 
 def parse(argv: list[str]) -> tuple[Settings, float]:
-    """Read the command line: the SuperNode, and its patience in seconds.
+    """Read the command line: the SuperNode, and the timeout of its activation in seconds.
 
     Raises:
         SuperNodeError: the name or the partition is not in the roster, or the address is malformed.
@@ -52,13 +52,16 @@ def parse(argv: list[str]) -> tuple[Settings, float]:
         "--audit", type=Path, help="folder of the audit log (default: audit/ in the site's folder)"
     )
     parser.add_argument(
-        "--patience",
+        "--activation-timeout",
+        "--patience",  # its name until 0.2
         type=float,
         default=75.0,
         help="seconds to wait while its key counts as online (default: %(default)s; a SuperNode "
         "that was killed does for 60 s)",
     )
     options = parser.parse_args(argv)
+    if any(argument.split("=")[0] == "--patience" for argument in argv):
+        print("warning: --patience is --activation-timeout now; it goes in 0.2", file=sys.stderr)
     if options.audit and not options.site:
         parser.error("--audit is the log of a gate, and there is none without --site")
     roster = load(options.roster)
@@ -78,13 +81,13 @@ def parse(argv: list[str]) -> tuple[Settings, float]:
         site=options.site,
         audit=options.audit,
     )
-    return settings, options.patience
+    return settings, options.activation_timeout
 
 
 def main(argv: list[str]) -> int:
     """Run the SuperNode until it is stopped; the exit status."""
     try:
-        settings, patience = parse(argv)
+        settings, timeout = parse(argv)
         # Set before anything else is imported: thread pools read it once, when they start.
         os.environ.update(environment(settings, os.environ, Path(sys.executable).parent))
         from . import connection, enrolment, preflight
@@ -92,7 +95,7 @@ def main(argv: list[str]) -> int:
         preflight.check(settings)
         _gate(settings)
         preflight.wait_for_superlink(settings)
-        node_id = enrolment.enrol(settings, patience)
+        node_id = enrolment.enrol(settings, timeout)
         connection.record(settings, node_id)
     except SuperNodeError as error:
         print(f"error: {error}", file=sys.stderr)

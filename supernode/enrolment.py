@@ -28,7 +28,7 @@ UNKNOWN_KEY = "the gateway knows no institution with this key"
 
 def enrol(
     settings: Settings,
-    patience: float,
+    timeout: float,
     *,
     say: Callable[[str], None] | None = None,
     sleep: Callable[[float], None] = time.sleep,
@@ -37,7 +37,7 @@ def enrol(
 
     Args:
         settings: the SuperNode; its SuperLink has been reached before.
-        patience: seconds to go on asking while the key counts as online.
+        timeout: seconds to go on asking while the key counts as online.
         say: where to tell that it goes on asking (default: standard error).
         sleep: how to wait between two attempts.
 
@@ -63,7 +63,7 @@ def enrol(
     )
     # No heartbeat is not an interval: refused for the key if that is unknown, else for this.
     question = ActivateNodeRequest(public_key=public_key, heartbeat_interval=0)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     said = ""
     with FleetHttpClient.from_server_address(
         settings.superlink,

@@ -273,7 +273,7 @@ def start_supernode(project: ComposeProject, service: str, *options: str, code: 
             f"import sys; {run}\nsys.exit(main(sys.argv[1:]))",
             *("--name", service, "--superlink=gateway:8443", "--ca=/site/ca.crt"),
             *(f"--key=/site/{service}.key", "--data=/site/data", "--runtime-port=9199"),
-            *("--patience=1", *options),
+            *("--activation-timeout=1", *options),
         ],
         environment={"FLWR_HOME": "/medfed/second"},
     )

@@ -84,7 +84,7 @@ def supernode(home: Home, port: int, name: str, **other: str) -> subprocess.Comp
         "key": str(home.certs / "supernodes" / f"{name}.key"),
         "data": str(home.partitions / name),
         "runtime-port": str(free_port()),
-        "patience": "0",
+        "activation-timeout": "0",
         **other,
     }
     done = subprocess.run(

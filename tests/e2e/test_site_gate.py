@@ -282,7 +282,7 @@ def supernode(gated: Gated, name: str, key: Path) -> list[str | Path]:
         *(sys.executable, "-m", "supernode", "--name", name),
         *("--superlink", f"127.0.0.1:{gated.port}", "--ca", gated.home.certs / "ca.crt"),
         *("--key", key, "--data", gated.home.partitions / name),
-        *("--runtime-port", str(free_port()), "--patience", "0"),
+        *("--runtime-port", str(free_port()), "--activation-timeout", "0"),
         *("--site", gated.site(name).folder),
     ]
 

@@ -34,7 +34,7 @@ def state() -> SqlLinkState:
 
 @pytest.fixture(autouse=True)
 def _nobody_called() -> None:
-    serverapp_watchdog._bell.clear()
+    serverapp_watchdog._due.clear()
 
 
 def a_task(state: SqlLinkState, kind: str = TaskType.SERVER_APP, run_id: int = 2**63 + 5) -> int:
@@ -135,7 +135,7 @@ def test_a_serverapp_that_ends_before_its_run_is_put_back(state, tmp_path, monke
 def test_superexec_is_called_when_a_serverapp_was_put_back(state):
     _, token = at_work(state)
     watch(state)[0].ended(token, "killed by SIGKILL", lived=100.0)
-    assert serverapp_watchdog._bell.is_set()
+    assert serverapp_watchdog._due.is_set()
 
 
 @pytest.mark.parametrize("how", [SubStatus.COMPLETED, SubStatus.FAILED, SubStatus.STOPPED])
@@ -159,7 +159,7 @@ def test_superexec_looks_again_after_each_start_for_it_takes_one_task_at_a_time(
     process = watch(state)[0].launch(["true"])
     assert process is not None
     process.wait()
-    assert serverapp_watchdog._bell.is_set()
+    assert serverapp_watchdog._due.is_set()
 
 
 def test_a_database_that_takes_nothing_now_is_asked_again_until_it_does(state, monkeypatch):
@@ -254,7 +254,7 @@ def test_superexec_is_called_and_does_not_sleep_through_it():
     clock = serverapp_watchdog.CalledClock()
     serverapp_watchdog.call()
     clock.sleep(1)  # or this test takes ten seconds
-    assert not serverapp_watchdog._bell.is_set()
+    assert not serverapp_watchdog._due.is_set()
 
 
 @pytest.fixture

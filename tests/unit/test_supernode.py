@@ -500,3 +500,13 @@ def test_the_next_session_knows_the_last_ones_node_id(evidence):
 
 def test_the_default_roster_is_found():
     assert roster.load().num_partitions == 20
+
+
+def test_an_option_that_was_renamed_is_taken_for_one_version_with_a_warning(capsys):
+    given = ["--name=supernode-07", "--superlink=a:1", "--ca=ca", "--key=key", "--data=data"]
+    _, timeout = entrypoint.parse([*given, "--patience=3"])
+    assert timeout == 3.0
+    assert "--patience is --activation-timeout now" in capsys.readouterr().err
+    _, timeout = entrypoint.parse([*given, "--activation-timeout=3"])
+    assert timeout == 3.0
+    assert capsys.readouterr().err == ""
