@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from app.training.attention import SharedPrefix
 from app.training.fused import fused
 from evaluation.errors import EvaluationError
 from evaluation.model import Subject
 from evaluation.prompts import (
-    Prefix,
     next_token_logits,
     prompt_attention,
     read_prefix,
-    why_not,
+    why_not_packed,
 )
 from evaluation.task import wrap
 
@@ -122,7 +122,7 @@ def why_one_by_one(subject: Subject) -> str | None:
         value = getattr(config, name, None)
         if value not in off:
             return f"its generation config sets {name} to {value}"
-    return why_not(subject.model)
+    return why_not_packed(subject.model)
 
 
 def spellings(answer: str) -> list[str]:
@@ -251,7 +251,7 @@ class Engine:
         requests: Sequence[Request],
         encoded: Sequence[list[int]],
         numbers: Sequence[int],
-        prefix: Prefix,
+        prefix: SharedPrefix,
     ) -> tuple[dict[int, Answer], set[int]]:
         """One batch. A second token costs a second pass, but answers are of one, nearly always."""
         said: dict[int, list[int]] = {n: [] for n in numbers}
@@ -259,7 +259,7 @@ class Engine:
         found: dict[int, Answer] = {}
         close: set[int] = set()
         while said:
-            rows = [[*encoded[n][len(prefix.ids) :], *tokens] for n, tokens in said.items()]
+            rows = [[*encoded[n][prefix.length :], *tokens] for n, tokens in said.items()]
             logits = next_token_logits(self._model, prefix, rows)
             best = logits.topk(2, dim=-1)
             for row, n in enumerate(list(said)):

@@ -85,16 +85,16 @@ def test_scores_do_not_depend_on_the_company(subject):
         assert together[n].scores == pytest.approx(alone.scores, abs=1e-4)
 
 
-@pytest.mark.parametrize("shared", [0, 5], ids=["nothing shared", "a shared beginning"])
-def test_logits_of_prompts_end_to_end_are_the_models_own(subject, shared):
+@pytest.mark.parametrize("shared", [0, 5], ids=["no prefix", "a shared prefix"])
+def test_logits_of_packed_prompts_are_the_models_own(subject, shared):
     model = copy.deepcopy(subject.model).double()  # so that one score too few would be seen
-    beginning = [7] * shared
+    prefix = [7] * shared
     rows = [[n % 97 + 3 for n in range(start, start + length)]
             for start, length in ((0, 1), (5, 63), (11, 64), (3, 65), (2, 900))]  # fmt: skip
     with torch.inference_mode():
-        own = [model(torch.tensor([beginning + row])).logits[0, -1] for row in rows]
+        own = [model(torch.tensor([prefix + row])).logits[0, -1] for row in rows]
         with prompt_attention(model):
-            found = next_token_logits(model, read_prefix(model, beginning), rows)
+            found = next_token_logits(model, read_prefix(model, prefix), rows)
     torch.testing.assert_close(found, torch.stack(own), atol=1e-9, rtol=0)
     assert found.std() > 0.1
 
