@@ -48,9 +48,7 @@ def read_prefix(model: Any, ids: Sequence[int]) -> SharedPrefix:
     return SharedPrefix(_network(model), _row(ids, model.device), mask)
 
 
-def next_token_logits(
-    model: Any, prefix: SharedPrefix, prompts: Sequence[Sequence[int]]
-) -> Tensor:
+def next_token_logits(model: Any, prefix: SharedPrefix, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Logits of the token after each prompt, shape (prompts, vocabulary), in ``prompt_attention``.
 
     Args:

@@ -192,7 +192,8 @@ def _check(module: nn.Module, options: dict[str, Any], longest: int) -> None:
     window = options.get("sliding_window")
     if window is not None and longest > window:
         raise AppError(
-            f"expected cards within the attention window of {window} tokens, found one of {longest}",
+            f"expected cards within the attention window of {window} tokens, "
+            f"found one of {longest}",
             f"set train.seq-length to at most {window}",
         )
 

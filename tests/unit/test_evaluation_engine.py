@@ -77,7 +77,7 @@ def test_batches_say_what_the_loop_says(subject, batch_tokens):
     assert len(set(said)) > 5  # not a model that always says the same
 
 
-def test_scores_do_not_depend_on_the_company(subject):
+def test_scores_do_not_depend_on_the_batch(subject):
     requests = [Request(text, 1) for text in prompts(12)]
     together = all_answers(Engine(subject, OPTIONS), requests)
     for n, request in enumerate(requests):
@@ -355,7 +355,7 @@ def test_an_adapter_that_is_none_is_refused(tiny, adapter, tmp_path):
         with_adapter(load_subject(str(tiny), 0), tmp_path / "none", str(tiny))
 
 
-def test_a_model_that_is_none_and_an_odd_quantisation_are_refused(tmp_path):
+def test_a_model_that_is_none_and_an_odd_quantization_are_refused(tmp_path):
     with pytest.raises(EvaluationError, match="found 5"):
         load_subject(str(tmp_path), 5)
     (tmp_path / "config.json").write_text("{}")
@@ -363,7 +363,7 @@ def test_a_model_that_is_none_and_an_odd_quantisation_are_refused(tmp_path):
         load_subject(str(tmp_path), 0)
 
 
-def test_unpacked_four_bit_weights_are_the_numbers_that_packed_ones_stand_for(tiny):
+def test_dequantized_four_bit_weights_are_the_numbers_that_quantized_ones_stand_for(tiny):
     packed, unpacked = (load_subject(str(tiny), 4, unpack=unpack) for unpack in (False, True))
     layer = packed.model.model.layers[0].self_attn.q_proj.weight
     numbers = dequantize_4bit(layer.data, layer.quant_state)

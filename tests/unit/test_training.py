@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from app.cards.tokens import Example
 from app.errors import AppError
 from app.training import loop
+from app.training.attention import PACKED_ATTENTION
 from app.training.device import Precision
 from app.training.loop import holdout_loss, step_batches, train
-from app.training.attention import PACKED_ATTENTION
 from app.training.packing import labelled_tokens, pack
 
 VOCABULARY = 61
@@ -231,7 +231,9 @@ def test_a_card_s_neighbours_in_a_batch_do_not_change_its_loss():
     assert abs(sum(alone) - together) < 1e-9
 
 
-@pytest.mark.parametrize("examples", [SOME_CARDS, PLAIN * 4 + EXAM * 4], ids=["nothing in common", "shared prefixes"])
+@pytest.mark.parametrize(
+    "examples", [SOME_CARDS, PLAIN * 4 + EXAM * 4], ids=["nothing in common", "shared prefixes"]
+)
 def test_the_held_out_loss_is_the_padded_loss_and_leaves_no_gradient(examples):
     model = tiny_model(dropout=0.5)
     expected = padded_loss(model.eval(), examples).item()
@@ -302,7 +304,9 @@ ODD_LAST_BATCH = cards([9, 30, 14, 22, 5, 17, 12], [4, 11, 6, 20, 2, 3, 1])
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("examples", [ODD_LAST_BATCH, PLAIN + EXAM], ids=["nothing in common", "shared prefixes"])
+@pytest.mark.parametrize(
+    "examples", [ODD_LAST_BATCH, PLAIN + EXAM], ids=["nothing in common", "shared prefixes"]
+)
 def test_training_follows_hugging_face_s_trainer_step_by_step(
     tmp_path, monkeypatch, accumulation, examples
 ):
