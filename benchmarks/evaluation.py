@@ -1,14 +1,14 @@
-"""Our evaluation against the straightforward one: same questions, same model, prompt by prompt.
+"""Our evaluation against the leaderboard's loop: same questions, same model.
 
     python -m benchmarks.evaluation --model local/SmolLM2-135M-Instruct-Q4_1 --data DIR --json
 
-Both answer the first ``--limit`` questions of each benchmark. The loop is the leaderboard's:
-encode, ``generate``, decode, one prompt at a time. With 4 bits there are two of it: one with the
-unpacked weights (``float32``, the leaderboard's arithmetic on a GPU, and ours), one with
-bitsandbytes' own kernels (``packed``), which on a CPU with AVX512-BF16 compute in bfloat16, so that
-its answers may differ where two tokens are nearly equal. On a machine that others use as well, CPU
-seconds say more than seconds; the load average is in the result. Progress goes to stderr;
-``--json`` prints the result, ``--save`` keeps it under ``results/``.
+Both answer the first ``--limit`` questions of each benchmark. The leaderboard's loop encodes,
+generates and decodes one prompt at a time. With 4-bit quantization it runs twice: with weights
+dequantized to float32 (``float32``: the leaderboard's arithmetic on a GPU, and ours), and with
+bitsandbytes' own kernels (``packed``). On a CPU with AVX512-BF16 those compute in bfloat16, so that
+answers may differ where two tokens are nearly equal. On a busy machine compare CPU seconds rather
+than seconds; the result holds the load average. Progress goes to stderr; ``--json`` prints the
+result, ``--save`` writes it under ``results/``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from evaluation.task import Task, wrap
 
 RESULTS = Path(__file__).parent / "results"
 
-# Prompts of each benchmark whose scores are computed alone as well, to see what batches change.
+# Prompts of each benchmark that are also scored alone, to measure how far batches move a score.
 ROUNDING_PROMPTS = 20
 
 
@@ -103,10 +103,9 @@ def _compare(
     questions = task.questions(rows_of(task, data), from_hub=False, limit=limit)
     requests = requests_for(questions, fast.tokenizer)
     encoded = [fast.tokenizer.encode(wrap(request.prompt)) for request in requests]
-    # A first answer each, so that neither side pays for what happens once.
-    warm = requests[:1]
+    # Warm up, so that neither side pays for what happens once.
     for subject in (fast, *loops.values()):
-        one_by_one(subject, warm[0])
+        one_by_one(subject, requests[0])
     answers, seconds, cpu = _timed(partial(_all, task, fast, requests))
     row: dict[str, Any] = {
         "benchmark": task.name,
@@ -120,13 +119,13 @@ def _compare(
         "loops": {},
     }
     for name, subject in loops.items():
-        said, loop_seconds, loop_cpu = _timed(partial(_one_by_one, subject, requests))
+        outputs, loop_seconds, loop_cpu = _timed(partial(_one_by_one, subject, requests))
         row["loops"][name] = {
             "seconds": loop_seconds,
             "cpu_seconds": loop_cpu,
             "ratio": loop_seconds / seconds,
             "cpu_ratio": loop_cpu / cpu,
-            "same": sum(a.output == b for a, b in zip(answers, said, strict=True)),
+            "same": sum(a.output == b for a, b in zip(answers, outputs, strict=True)),
         }
         print(f"{task.name}: {name} loop done", file=sys.stderr)
     return row
@@ -144,9 +143,9 @@ def _all(
 def _rounding(
     task: Task, subject: Subject, requests: list[Request], answers: list[Answer]
 ) -> float:
-    """The furthest that an option's score in ``answers`` is from that of its prompt alone."""
+    """The largest difference of an option's score in ``answers`` from that of its prompt alone."""
     alone = _all(task, subject, requests, near_tie=math.inf)
-    pairs = zip(answers, alone, strict=False)  # requests may be the first ones only
+    pairs = zip(answers, alone, strict=False)  # ``requests`` are the first ones only
     return max(
         abs(one - other) for a, b in pairs for one, other in zip(a.scores, b.scores, strict=True)
     )

@@ -1,10 +1,10 @@
 """Local training, ours against the stock pipeline: ``python -m benchmarks.training --json``.
 
-Both train the same cards, in the same order, from the same adapter, each in a process of its own,
-so that a peak of memory belongs to one of them. Stock is what the reference app runs: a
-transformers Trainer, cards padded to the longest of their batch, logits for every position,
-gradient checkpointing on. Dropout is off unless asked for: its masks fall on other positions in
-another layout, and then there is no equal loss to show.
+Both train the same cards, in the same order, from the same adapter. Each runs in a process of its
+own, so that its peak memory is its own. Stock is what the reference app runs: a transformers
+Trainer with padding to the longest card of the batch, logits for every position, and gradient
+checkpointing. Dropout is off unless asked for: sample packing draws other dropout masks than
+padding, and the losses could not be compared.
 
 Progress goes to stderr, the result to stdout.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from app.cards.tokens import Example
 
-EQUAL = 1e-5  # nats; as far apart as two roundings of the same mathematics may be
+EQUAL = 1e-5  # nats; two roundings of the same mathematics may differ by this much
 WANTED_SPEED, WANTED_MEMORY = 2.8, 0.35
 
 # hidden, intermediate, layers, heads, key-value heads: SmolLM2's published configurations.
@@ -52,7 +52,7 @@ REFERENCE_MODELS = {
     "SmolLM2-360M-Instruct": "360M",
 }
 
-EVENT = "benchmark: "  # starts each line that a measuring process says to the one that waits
+EVENT = "benchmark: "  # prefix of each line that a measuring process prints for its parent
 
 stderr = Console(stderr=True)
 
@@ -62,8 +62,8 @@ class Job:
     """One pipeline to measure.
 
     Attributes:
-        pipeline: ``ours``, ``stock``, or ``trl`` (TRL's SFTTrainer of today, which chunks its
-            logits but pads its batches).
+        pipeline: ``ours``, ``stock``, or ``trl`` (the installed TRL's SFTTrainer: padded batches,
+            logits in chunks).
         model: a folder with weights; or ``135M`` or ``360M``: that architecture, random weights.
         tokenizer: a folder with a tokenizer.
         cards: a JSON Lines file with instruction, input and output.
@@ -71,12 +71,12 @@ class Job:
         steps: optimizer steps; the first is not timed.
         batch_size: cards a step.
         seq_length: most tokens a card.
-        full_length: repeat each card's tokens up to ``seq_length``: the worst batch there is.
+        full_length: repeat each card's tokens up to ``seq_length``: the largest possible batch.
         quantization: 4, 8 or 0.
         dropout: of the adapter.
-        checkpointing: recompute activations on the way back.
-        seed: of order and dropout.
-        micro_batch_tokens: ours only; None: what suits the device.
+        checkpointing: gradient checkpointing: activations are recomputed in the backward pass.
+        seed: of card order and dropout.
+        micro_batch_tokens: ours only; None: the device's default.
     """
 
     pipeline: str
@@ -99,7 +99,7 @@ Report = Callable[[int, float], None]
 
 
 def read_examples(job: Job) -> list[Example]:
-    """The job's cards as tokens: of the real tokenizer, in the template of the reference."""
+    """The job's cards, tokenized in the template of the reference."""
     from transformers import AutoTokenizer
 
     from app.cards.tokens import Example, card_text, tokenize_texts
@@ -185,7 +185,7 @@ def _save_random_model(name: str, folder: Path, dtype: Any) -> None:
 
 
 def train_ours(job: Job, model: PeftModel, examples: list[Example], report: Report) -> None:
-    """app.training, as a ClientApp calls it."""
+    """Our pipeline, as the ClientApp calls it."""
     from app.training.loop import train
 
     train(
@@ -231,9 +231,9 @@ def _reporter(report: Report) -> Any:
 
 
 def train_stock(job: Job, model: PeftModel, examples: list[Example], report: Report) -> None:
-    """The reference's way: Trainer, and labels as TRL's DataCollatorForCompletionOnlyLM made them.
+    """The reference's pipeline: Trainer, with the labels of TRL's DataCollatorForCompletionOnlyLM.
 
-    That collator left TRL in 0.20; its labels are those of ``app.cards.tokens``.
+    TRL 0.20 removed that collator; ``app.cards.tokens`` gives the same labels.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -267,7 +267,7 @@ def train_stock(job: Job, model: PeftModel, examples: list[Example], report: Rep
 
 
 def train_trl(job: Job, model: PeftModel, examples: list[Example], report: Report) -> None:
-    """TRL's SFTTrainer as it is today, loss on completions only."""
+    """The installed TRL's SFTTrainer, loss on completions only."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl.trainer.sft_config import SFTConfig
@@ -301,8 +301,8 @@ PIPELINES = {"ours": train_ours, "stock": train_stock, "trl": train_trl}
 def measure(job: Job, report: Report) -> dict[str, Any]:
     """Run a job in this process and return its figures.
 
-    Examples and tokens a second leave out the first step, in which every pipeline meets its memory
-    for the first time. Tokens are those of the cards, padding not counted.
+    Examples and tokens per second leave out the first step, in which every pipeline allocates its
+    memory. Tokens are those of the cards; padding is not counted.
     """
     from app.training.device import PeakMemory
     from app.training.loop import step_batches
@@ -340,7 +340,7 @@ def measure(job: Job, report: Report) -> dict[str, Any]:
 
 
 def compare(stock: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Put two measurements of the same cards side by side."""
+    """Compare two measurements of the same cards."""
     pairs = zip(stock["loss_per_step"], ours["loss_per_step"], strict=True)
     difference = max(abs(a - b) for a, b in pairs)
     return {
@@ -354,7 +354,7 @@ def compare(stock: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What it was measured on."""
+    """The machine and the versions of the measurement."""
     import torch
 
     return {
@@ -377,7 +377,7 @@ def _cpu_name() -> str:
 
 
 def measure_apart(job: Job, title: str) -> dict[str, Any]:
-    """Run a job in a process of its own, with its steps on stderr."""
+    """Run a job in a process of its own; show its progress on stderr."""
     command = [sys.executable, "-m", "benchmarks.training", "--job"]
     command.append(json.dumps(dataclasses.asdict(job)))
     with (
@@ -410,15 +410,15 @@ def _events(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
 
 
 def _work(text: str) -> None:
-    def say(event: dict[str, Any]) -> None:
+    def emit(event: dict[str, Any]) -> None:
         print(f"{EVENT}{json.dumps(event)}", flush=True)
 
     job = Job(**json.loads(text))
-    say(measure(job, lambda step, loss: say({"step": step, "loss": loss})))
+    emit(measure(job, lambda step, loss: emit({"step": step, "loss": loss})))
 
 
 def side_by_side(stock: Job, name: str, *, trl: bool) -> dict[str, Any]:
-    """Measure stock, ours without and with dropout, and TRL if asked, for one model."""
+    """Measure one model: stock, ours without and with dropout and checkpointing, TRL if asked."""
     ours = dataclasses.replace(stock, pipeline="ours", checkpointing=False)
     found = compare(measure_apart(stock, f"{name}, stock"), measure_apart(ours, f"{name}, ours"))
     if not stock.dropout:
@@ -433,7 +433,7 @@ def side_by_side(stock: Job, name: str, *, trl: bool) -> dict[str, Any]:
 
 
 def gpu_memory(stock: Job) -> list[dict[str, Any]]:
-    """GPU memory of one client at 4 bit and 16 full cards, beside the reference's figures."""
+    """Peak GPU memory of one client at 4 bit with 16 cards of full length, and the reference's."""
     worst = dataclasses.replace(
         stock, full_length=True, quantization=4, dropout=0.075, seq_length=512, batch_size=16
     )
@@ -452,7 +452,7 @@ def gpu_memory(stock: Job) -> list[dict[str, Any]]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the figures as tables for a person."""
+    """Print the figures as tables."""
     console = Console()
     table = Table(title=f"Local training on {result['machine']['device']}")
     for heading in ("model", "pipeline", "examples/s", "tokens/s", "peak GB", "first loss"):
@@ -521,7 +521,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and print; without weights or cards, say which command fetches them."""
+    """Measure and print; if weights or cards are missing, name the command that fetches them."""
     options = _options(arguments)
     if options.job:
         _work(options.job)
@@ -529,7 +529,7 @@ def main(arguments: list[str] | None = None) -> None:
     for path in (options.model / "config.json", options.cards):
         if not path.is_file():
             raise SystemExit(f"error: expected {path}, found nothing\nhint: run medfed prepare")
-    # Each pipeline is a process of its own and takes the number from here, as does this one.
+    # The process of each pipeline inherits the number, and torch reads it in this one too.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     stock = Job(
         pipeline="stock",

@@ -1,17 +1,18 @@
-"""Greedy answers to many prompts, fast, and the same as asking one prompt at a time.
+"""Greedy answers to many prompts: faster than one prompt at a time, with the same answers.
 
-The leaderboard asks one by one. What makes this faster changes no answer:
+The leaderboard asks one prompt at a time. This engine is faster and changes no answer:
 
-- All prompts of a benchmark begin with the same instruction. Its keys and values are computed once
-  and every batch starts from them.
-- Prompts of similar length share a forward pass, laid end to end (``evaluation.prompts``); logits
-  exist for the last position of each only, where the answer's first token is chosen.
-- What lies between the matrix products is done in place (``app.training.fused``).
-- That same position tells how the model ranks the answers it was offered, at no further cost.
+- All prompts of a benchmark begin with the same instruction. The keys and values of this shared
+  prefix are computed once for all batches.
+- Sample packing puts prompts of similar length into one forward pass (``evaluation.prompts``).
+  Logits are computed only for the last position of each, where the answer's first token is chosen.
+- The operations between the matrix products are fused (``app.training.fused``).
+- The logits that choose the answer also rank the answers on offer, at no further cost.
 
-Another batch means other rounding in the last bits of a logit, and a choice between two nearly
-equal tokens could tip over. So whatever is closer than ``NEAR_TIE`` is asked again, alone, in the
-very way of the leaderboard's loop: its answer counts, and how many there were is reported.
+A batch rounds the last bits of a logit differently, and so could decide otherwise between two
+nearly equal tokens. A prompt whose choice is closer than ``NEAR_TIE`` is therefore asked again,
+alone, as the leaderboard's loop asks it: that answer counts, and the report says how many there
+were.
 """
 
 from __future__ import annotations
@@ -25,31 +26,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from app.training.attention import SharedPrefix
 from app.training.fused import fused
 from evaluation.errors import EvaluationError
 from evaluation.model import Subject
 from evaluation.prompts import (
-    Prefix,
     next_token_logits,
     prompt_attention,
     read_prefix,
-    why_not,
+    why_not_packed,
 )
 from evaluation.task import wrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Logits of a batch differ from those of a lone prompt by rounding, in float32 by some 4e-5
-# (docs/evaluation.md has the measurement). A choice decided by less than this is made alone.
+# Logits of a batch differ from those of a prompt alone by rounding, in float32 by some 4e-5
+# (measured in docs/evaluation.md). A prompt whose choice is closer than this is asked alone.
 NEAR_TIE = 2e-3
 
-# Tokens in one forward pass. A CPU's matrices are full at some hundreds, and what outgrows its
-# caches costs more than it saves; a GPU wants more.
+# Tokens in one forward pass. A CPU reaches full speed at some hundreds, and more tokens than fit
+# its caches make it slower again; a GPU needs more.
 BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 
-# Settings of a model's generation config under which greedy search takes another token than the
-# one with the highest logit, with the value that means "off".
+# Settings of a model's generation config that make greedy search choose another token than the one
+# with the highest logit, each with the values that mean "off".
 _PLAIN_GREEDY: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1.0),
     "encoder_repetition_penalty": (None, 1.0),
@@ -79,12 +80,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said.
+    """A model's answer to one request.
 
     Attributes:
         output: the generated text.
-        scores: log-likelihood (unnormalised) of each answer on offer, as the first thing said.
-        alone: whether it was too close to call in a batch and was asked on its own.
+        scores: unnormalised log-likelihood of each answer on offer, by its first token.
+        alone: whether the choice was too close in a batch, so that the prompt was asked alone.
     """
 
     output: str
@@ -113,26 +114,26 @@ def why_one_by_one(subject: Subject) -> str | None:
     """Why this model must be asked one prompt at a time, or None if batches are as good."""
     if subject.quantization == 8:
         return (
-            "8-bit arithmetic looks for outliers across a whole batch, so company changes answers"
+            "8-bit arithmetic looks for outliers across a whole batch, so a batch changes answers"
         )
     if subject.packed and subject.model.device.type == "cpu":
-        return "bitsandbytes' 4-bit kernel for CPUs rounds to bfloat16, so company changes answers"
+        return "bitsandbytes' 4-bit kernel for CPUs rounds to bfloat16, so a batch changes answers"
     config = subject.model.generation_config
     for name, off in _PLAIN_GREEDY.items():
         value = getattr(config, name, None)
         if value not in off:
             return f"its generation config sets {name} to {value}"
-    return why_not(subject.model)
+    return why_not_packed(subject.model)
 
 
 def spellings(answer: str) -> list[str]:
-    """How an answer may begin when nothing is held against its case or a leading space."""
+    """How an answer may begin: in any usual case, with or without a leading space."""
     forms = [answer] if len(answer) == 1 else [answer, answer.capitalize(), answer.upper()]
     return [*forms, *(f" {form}" for form in forms)]
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
-    """For each answer the tokens that it may begin with, none of them another answer's too.
+    """For each answer the tokens that it may begin with and no other answer may.
 
     Raises:
         EvaluationError: the tokenizer cannot tell the answers apart by their first token.
@@ -144,7 +145,7 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> 
         tokens = set()
         for spelling in spellings(answer):
             ids: list[int] = tokenizer.encode(before + spelling)
-            # Where the spelling merges with the wrapper's end, the model would not write it so.
+            # A spelling that merges with the wrapper's last token cannot be generated after it.
             if ids[: len(prefix)] == prefix and len(ids) > len(prefix):
                 tokens.add(ids[len(prefix)])
         found.append(tokens)
@@ -159,13 +160,13 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> 
 
 
 class Engine:
-    """Answers requests of one benchmark with one model.
+    """Answers the requests of one benchmark with one model.
 
     Args:
         subject: the model.
-        answers: the answers on offer (scored by their first token).
-        batch_tokens: most tokens in one forward pass; default by device.
-        near_tie: a difference of logits below which a prompt is asked alone.
+        answers: the answers on offer, scored by their first token.
+        batch_tokens: most tokens in one forward pass, by default ``BATCH_TOKENS`` of the device.
+        near_tie: difference of two logits below which a prompt is asked alone.
     """
 
     def __init__(
@@ -192,11 +193,11 @@ class Engine:
         """Answer requests, batch by batch, longest first.
 
         Args:
-            requests: all requests of the benchmark: they decide the batches.
-            skip: numbers of requests that need no answer; batches stay as they would be.
+            requests: all requests of the benchmark, because they decide the batches.
+            skip: numbers of requests that need no answer; the batches are the same without it.
 
         Yields:
-            Answers by request number, after each batch; those asked alone come last.
+            Answers by request number, after each batch; prompts asked alone come last.
         """
         encoded = [list(self._tokenizer.encode(wrap(request.prompt))) for request in requests]
         shared = 0 if self._alone else shared_prefix(encoded)
@@ -223,10 +224,11 @@ class Engine:
         batches: Sequence[list[int]],
         shared: int,
     ) -> Iterator[tuple[dict[int, Answer], set[int]]]:
-        """For each batch its answers, and the requests that are too close to call.
+        """For each batch its answers, and the numbers of the requests that are too close.
 
-        On a CPU each core has a batch of its own: two that never wait for each other are done
-        sooner than two that share every product, the more so where other work goes on.
+        On a CPU each core runs a batch of its own. Cores that share one batch wait for each other
+        at every matrix product; cores with a batch each do not, which matters most on a busy
+        machine.
         """
         workers = torch.get_num_threads() if self._device.type == "cpu" else 1
 
@@ -251,28 +253,30 @@ class Engine:
         requests: Sequence[Request],
         encoded: Sequence[list[int]],
         numbers: Sequence[int],
-        prefix: Prefix,
+        prefix: SharedPrefix,
     ) -> tuple[dict[int, Answer], set[int]]:
-        """One batch. A second token costs a second pass, but answers are of one, nearly always."""
-        said: dict[int, list[int]] = {n: [] for n in numbers}
+        """Answer one batch; each further token costs a pass, but nearly all answers have one."""
+        generated: dict[int, list[int]] = {n: [] for n in numbers}
         scores: dict[int, tuple[float, ...]] = {}
         found: dict[int, Answer] = {}
         close: set[int] = set()
-        while said:
-            rows = [[*encoded[n][len(prefix.ids) :], *tokens] for n, tokens in said.items()]
+        while generated:
+            rows = [[*encoded[n][prefix.length :], *tokens] for n, tokens in generated.items()]
             logits = next_token_logits(self._model, prefix, rows)
             best = logits.topk(2, dim=-1)
-            for row, n in enumerate(list(said)):
+            for row, n in enumerate(list(generated)):
                 margins = [best.values[row].tolist()]
                 if n not in scores:
                     scores[n] = self._scores(logits[row])
                     margins.append(sorted(scores[n])[-2:])
-                said[n].append(int(best.indices[row, 0]))
+                generated[n].append(int(best.indices[row, 0]))
                 if any(self._too_close(margin) for margin in margins):
                     close.add(n)
-                elif said[n][-1] in self._ends or len(said[n]) == requests[n].max_new_tokens:
-                    found[n] = Answer(self._text(said[n]), scores[n], alone=False)
-            said = {n: tokens for n, tokens in said.items() if n not in found and n not in close}
+                elif self._is_complete(generated[n], requests[n]):
+                    found[n] = Answer(self._text(generated[n]), scores[n], alone=False)
+            generated = {
+                n: tokens for n, tokens in generated.items() if n not in found and n not in close
+            }
         return found, close
 
     def _ask_alone(self, request: Request, ids: list[int]) -> Answer:
@@ -290,15 +294,18 @@ class Engine:
     def _too_close(self, values: Sequence[float]) -> bool:
         return abs(values[0] - values[1]) < self._near_tie
 
+    def _is_complete(self, tokens: Sequence[int], request: Request) -> bool:
+        return tokens[-1] in self._ends or len(tokens) == request.max_new_tokens
+
     def _text(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sequences begin with in common, leaving each at least one of its own."""
+    """Length of the prefix that all sequences share; each keeps at least one token of its own."""
     if len(sequences) < 2:
         return 0
-    # In the order of the dictionary, what the first and the last share is shared by all.
+    # In lexicographic order, a prefix of the first and the last is a prefix of all.
     ordered = sorted(map(tuple, sequences))
     first, last = ordered[0], ordered[-1]
     limit = min(map(len, sequences)) - 1
@@ -306,19 +313,19 @@ def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group numbers of sequences, longest first, into batches of ``batch_tokens`` at most.
+    """Pack the numbers of sequences, longest first, into batches of at most ``batch_tokens``.
 
-    A sequence longer than that is a group of its own. Equal input gives equal groups.
+    A longer sequence is a batch of its own. Equal lengths give equal batches.
     """
-    groups: list[list[int]] = []
+    batches: list[list[int]] = []
     room = 0
     for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if room < lengths[number] or not groups:
-            groups.append([])
+        if room < lengths[number] or not batches:
+            batches.append([])
             room = batch_tokens
-        groups[-1].append(number)
+        batches[-1].append(number)
         room -= lengths[number]
-    return groups
+    return batches
 
 
 def _end_tokens(model: Any) -> frozenset[int]:
@@ -328,7 +335,7 @@ def _end_tokens(model: Any) -> frozenset[int]:
 
 @contextmanager
 def _threads_each(threads: int | None) -> Iterator[None]:
-    """Give every operation so many threads of its own; None: as many as it has now."""
+    """Let each operation use that many threads of torch; None: leave their number as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

@@ -1,4 +1,4 @@
-"""The model under evaluation: base model, quantised as the leaderboard does it, and its adapter."""
+"""The model under evaluation: base model, the leaderboard's quantization, and the adapter."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ QUANTIZATIONS = (0, 4, 8)
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that can be asked.
+    """A model under evaluation.
 
     Attributes:
         model: in evaluation mode, on its device.
         tokenizer: the base model's own.
-        identity: digest (hex) of all that its answers depend on; part of every journal's key.
+        identity: digest (hex) of everything its answers depend on; part of every journal's key.
         quantization: 0, 4 or 8 bits.
-        packed: whether bitsandbytes' own kernels work on the quantised weights.
+        packed: whether the weights stay quantized and bitsandbytes' own kernels compute on them
+            (nothing to do with sample packing).
     """
 
     model: Any
@@ -54,16 +55,16 @@ def load_subject(name: str, quantization: int, *, unpack: bool = True) -> Subjec
         name: a hub name, ``local/NAME`` or an absolute path.
         quantization: 4 and 8 are bitsandbytes with its defaults, as on the leaderboard (4 bits:
             FP4 weights, float32 arithmetic); 0 is float32.
-        unpack: hold 4-bit weights as the float32 numbers that they stand for, where memory
-            allows. That is the leaderboard's arithmetic (a GPU unpacks them anew for every
-            forward pass); bitsandbytes' own kernel for newer CPUs computes in bfloat16 instead.
+        unpack: dequantize 4-bit weights to float32 once, if memory allows. That gives the
+            leaderboard's arithmetic (a GPU dequantizes them at every forward pass); bitsandbytes'
+            own kernel for newer CPUs computes in bfloat16 instead.
 
     Raises:
-        EvaluationError: no such model, an unsupported quantisation, or no device for it.
+        EvaluationError: no such model, an unsupported quantization, or no device for it.
     """
     if quantization not in QUANTIZATIONS:
         raise EvaluationError(
-            f"expected a quantisation of 0, 4 or 8 bits, found {quantization}",
+            f"expected a quantization of 0, 4 or 8 bits, found {quantization}",
             "the leaderboard evaluates with 4",
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,7 +74,7 @@ def load_subject(name: str, quantization: int, *, unpack: bool = True) -> Subjec
         4: BitsAndBytesConfig(load_in_4bit=True),
         8: BitsAndBytesConfig(load_in_8bit=True),
     }[quantization]
-    # The leaderboard's 8 bits go with float16, which a CPU has no arithmetic for.
+    # With 8 bits the leaderboard computes in float16, which a CPU has no units for.
     if quantization == 8 and device.type == "cuda":
         dtype = torch.float16
     source = model_source(name)
@@ -90,9 +91,9 @@ def load_subject(name: str, quantization: int, *, unpack: bool = True) -> Subjec
         ) from error
     packed = quantization != 0
     if quantization == 4 and unpack and _fits_in_float32(model, device):
-        model = _unpacked(model)
+        model = _dequantized(model)
         packed = False
-    # The last positions of a batch are a strided view, which torch would multiply row by row.
+    # torch would multiply the last positions of a batch, a strided view, row by row.
     model.get_output_embeddings().register_forward_pre_hook(
         lambda _, inputs: inputs[0].contiguous()
     )
@@ -123,16 +124,16 @@ def adapter_base(adapter: Path) -> str:
 def with_adapter(
     subject: Subject, adapter: Path, model_name: str, *, any_base: bool = False
 ) -> Subject:
-    """Put a PEFT adapter on a base model (in place: the base model is the adapter's from now on).
+    """Put a PEFT adapter on a base model, in place: ``subject`` is of no further use afterwards.
 
     Args:
         subject: a base model from ``load_subject``.
         adapter: a PEFT adapter's folder.
-        model_name: what the base model is called; its last part must be the adapter's base's.
-        any_base: skip that comparison, for a base model under another name.
+        model_name: name of the base model; its last part must be that of the adapter's base.
+        any_base: skip that comparison, for the same base model under another name.
 
     Raises:
-        EvaluationError: not an adapter, or another model's (by name, module or shape).
+        EvaluationError: no adapter, or an adapter of another model (by name, module or shape).
     """
     base = adapter_base(adapter)
     if not any_base and Path(base).name != Path(model_name).name:
@@ -167,11 +168,11 @@ def with_adapter(
     return replace(subject, model=model.eval(), identity=identity)
 
 
-def _unpacked(model: Any) -> Any:
-    """The model with every 4-bit weight as the float32 numbers that it stands for."""
+def _dequantized(model: Any) -> Any:
+    """The model with every 4-bit weight dequantized to float32."""
     logger = logging.getLogger("transformers.integrations.bitsandbytes")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns that it does what it is asked to
+    logger.setLevel(logging.ERROR)  # its warning only repeats what was asked for
     try:
         return model.dequantize(dtype=torch.float32)
     finally:
@@ -179,7 +180,7 @@ def _unpacked(model: Any) -> Any:
 
 
 def _fits_in_float32(model: Any, device: torch.device) -> bool:
-    """Whether the unpacked weights take at most half of what is free."""
+    """Whether the dequantized weights take at most half of the free memory."""
     needed = 4 * model.num_parameters()
     free = (
         torch.cuda.mem_get_info(device)[0]
@@ -194,7 +195,7 @@ def _base_identity(source: str, model: Any) -> str:
     if folder.is_dir():
         files = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".bin", ".json"})
         return _digest(*(f"{p.name} {_file_digest(p)}" for p in files))
-    # On the hub a commit is the digest of all files.
+    # On the hub a commit's id is a digest of all files.
     return f"{source}@{getattr(model.config, '_commit_hash', None)}"
 
 

@@ -1,15 +1,15 @@
-"""The answer formats that a medical exam asks for, made from a hospital's own cards.
+"""Exam questions made from a hospital's own cards, in the leaderboard's answer formats.
 
-A flashcard teaches to answer in sentences. The leaderboard's benchmarks ask for a bare letter, or
-for yes, no or maybe, in words of their own (and a model that has never seen that scores near zero
-for its manners, whatever it knows). So a share of a partition's cards can be put as such questions:
+A flashcard teaches a model to answer in sentences. The leaderboard's benchmarks ask for a bare
+letter, or for yes, no or maybe. A model that has never seen these formats scores near zero,
+whatever it knows. A share of a partition's cards can therefore be turned into such questions:
 
-- **choice**: the card's question with its own answer among those of three other cards;
-- **statement**: a claim, to be judged by a text made of cards. The text says it of its subject
-  (yes), or says something else of it (no), or is about another subject (maybe).
+- **choice**: the card's question, with its own answer among the answers of three other cards;
+- **statement**: a claim about a subject, to be judged by a text made of cards. The text confirms
+  the claim (yes), says something else of the subject (no), or is about another subject (maybe).
 
-Every right answer is right by the hospital's own cards: no text is falsified, no other data is
-used, and letters are drawn evenly, so that no position is worth guessing.
+The hospital's own cards prove every right answer: no text is falsified and no other data is used.
+Letters are drawn uniformly, so that guessing one position gains nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from app.seeds import derive
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# The leaderboard's words. evaluation/ has its own copy on purpose: a change here must not change
-# what an entry is measured by (a test compares the two).
+# The leaderboard's wording. evaluation/ keeps a copy of its own on purpose: a change here must not
+# change how an entry is measured (a test compares the two).
 STATEMENT = (
     "As an expert doctor in clinical science and medical knowledge, can you tell me if the "
     "following statement is correct? Answer yes, no, or maybe."
@@ -57,23 +57,23 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# As often as published papers support the hypothesis that they test: 84 % of them (Fanelli 2010,
-# PLoS ONE 5(4): e10068). A model that cannot tell does best to expect what is usual.
+# 84 % of published papers support the hypothesis that they test (Fanelli 2010, PLoS ONE 5(4):
+# e10068): a model that cannot tell the answer does best to give the most frequent one.
 VERDICTS = {"yes": 0.84, "no": 0.11, "maybe": 0.05}
 
-# Cards that a choice's wrong answers are picked from, and the most words an option may have.
+# How many candidates a choice's wrong answers are picked from, and the most words of an option.
 _CANDIDATES = 16
 _OPTION_WORDS = 6
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
-# "Subject is (not) rest." A comma in the subject mostly means a clause with a verb of its own.
+# "Subject is (not) rest." A comma in the subject usually means a clause with another verb.
 _CLAIM = re.compile(
     r"(?P<subject>[^,;:()]{3,90}?) (?P<verb>is|are|was|were|can|may|should) "
     r"(?P<negated>not )?(?P<rest>[^;:]{8,220})[.]"
 )
 _RELATIVE = re.compile(r"\b(that|which|who|when|if|while|because)\b", re.IGNORECASE)
-# First words of a sentence that are names of nothing, so that they lose their capital inside one.
-_PLAIN_OPENERS = _words(
+# First words of a sentence that are no names: inside a sentence they lose their capital letter.
+_LOWER_CASE_STARTS = _words(
     "a an the this these those some many most all both patients treatment symptoms"
 )
 _STOP_WORDS = _words(
@@ -93,17 +93,17 @@ class _Claim:
     rest: str
 
     def question(self, rest: str | None = None) -> str:
-        """Put the claim (without its "not") as a question, if need be with another's predicate."""
-        opener, _, others = self.subject.partition(" ")
-        if opener.lower() in _PLAIN_OPENERS:
-            opener = opener.lower()
-        subject = f"{opener} {others}".strip()
+        """Ask the claim, without its "not", as a question; ``rest`` replaces its predicate."""
+        start, _, others = self.subject.partition(" ")
+        if start.lower() in _LOWER_CASE_STARTS:
+            start = start.lower()
+        subject = f"{start} {others}".strip()
         return f"{self.verb.capitalize()} {subject} {self.rest if rest is None else rest}?"
 
 
 @dataclass(frozen=True)
 class _Card:
-    """A card, read once for all the questions that it takes part in."""
+    """A card, parsed once for all the questions that it takes part in."""
 
     question: str
     answer: str
@@ -113,23 +113,24 @@ class _Card:
 
 
 def wrapped(prompt: str) -> str:
-    """The text before an answer, as the leaderboard's evaluation puts it to every model."""
+    """The prompt in the chat wrapper that the leaderboard's evaluation uses for every model."""
     return f"<|im_start|>question\n{prompt}<|im_end|>\n<|im_start|>answer\n"
 
 
 def with_answer_formats(dataset: Dataset, *, seed: int, share: float) -> Dataset:
-    """Put a share of a partition's cards as exam questions; the others stay as they are.
+    """Turn a share of a partition's cards into exam questions; the others do not change.
 
     Args:
         dataset: text columns instruction, input, output; one hospital's cards.
-        seed: decides everything: give each partition its own (``derive(seed, "formats", id)``).
-        share: from 0 to 1. Cards that lend themselves to neither format stay cards, as do all
-            cards of a hospital with fewer than four different answers.
+        seed: decides every random choice; each partition needs its own
+            (``derive(seed, "formats", id)``).
+        share: of the cards, from 0 to 1. A card that fits neither format does not change, nor does
+            any card of a hospital with fewer than four different answers.
 
     Returns:
-        As many rows, in the same order and schema. Of a row put as a question, ``input`` is the
-        whole prompt as the leaderboard words it and ``output`` a letter, yes, no or maybe; its
-        ``instruction`` is one of ``EXAMS``.
+        As many rows, in the same order and schema. In a row that became a question, ``input`` is
+        the whole prompt in the leaderboard's wording, ``output`` a letter, yes, no or maybe, and
+        ``instruction`` one of ``EXAMS``.
 
     Raises:
         AppError: ``share`` is not between 0 and 1.
@@ -141,12 +142,13 @@ def with_answer_formats(dataset: Dataset, *, seed: int, share: float) -> Dataset
     if not share:
         return dataset
     rows = list(zip(dataset["instruction"], dataset["input"], dataset["output"], strict=True))
-    cards = [_read(question or instruction, answer) for instruction, question, answer in rows]
+    cards = [_parsed(question or instruction, answer) for instruction, question, answer in rows]
     rng = random.Random(derive(seed, "answer-formats"))  # noqa: S311 - not for secrets
     chosen = set(rng.sample(range(len(rows)), round(share * len(rows))))
     out = []
     for number, row in enumerate(rows):
-        # A stream of its own per card: another share changes which cards, not what they become.
+        # A generator of its own for each card: another share changes which cards become questions,
+        # not what they become.
         own = random.Random(derive(seed, "answer-formats", number))  # noqa: S311 - not for secrets
         out.append((_as_question(number, cards, own) or row) if number in chosen else row)
     columns = {
@@ -155,7 +157,7 @@ def with_answer_formats(dataset: Dataset, *, seed: int, share: float) -> Dataset
     return type(dataset).from_dict(columns, features=dataset.select_columns(list(columns)).features)
 
 
-def _read(question: str, answer: str) -> _Card:
+def _parsed(question: str, answer: str) -> _Card:
     question, answer = " ".join(question.split()), " ".join(answer.split())
     sentence = _SENTENCE_END.split(answer)[0]
     match = _CLAIM.fullmatch(sentence)
@@ -166,7 +168,7 @@ def _read(question: str, answer: str) -> _Card:
 
 
 def _option(question: str, sentence: str) -> str:
-    """What a sentence adds to the question: exam options are phrases, not the question again."""
+    """An exam option: the first words of a sentence that do not repeat the question."""
     asked = {word.lower() for word in re.findall(r"[\w-]+", question)} | _STOP_WORDS
     words = sentence.rstrip(".!?").split()
     start = 0
@@ -185,8 +187,8 @@ def _content_words(text: str) -> frozenset[str]:
 def _as_question(
     number: int, cards: Sequence[_Card], rng: random.Random
 ) -> tuple[str, str, str] | None:
-    """One card as a row of another format, or None where it lends itself to none."""
-    # About half of all cards hold a claim: statements come out at a quarter of the questions.
+    """One card as the row of an exam question, or None where it fits no format."""
+    # About half of all cards hold a claim, so about a quarter of the questions are statements.
     kind = rng.choice((STATEMENT, STATEMENT, ENTRANCE_EXAM, LICENSING_EXAM))
     asked = _statement(number, cards, rng) if kind == STATEMENT else None
     if asked is None:
@@ -199,19 +201,20 @@ def _as_question(
 
 
 def _choice(number: int, cards: Sequence[_Card], rng: random.Random) -> tuple[str, str] | None:
-    """The card's answer among three others': the nearest in subject half of the time."""
+    """The card's answer among three others; half of the time those nearest in subject."""
     card = cards[number]
     if not card.question or not card.option:
         return None
     others = rng.sample(range(len(cards)), min(len(cards), 4 * _CANDIDATES))
-    opening = card.question.split()[0].lower()
-    # Questions that begin alike ("which", "how") have answers of a kind; else grammar tells.
-    others.sort(key=lambda i: cards[i].question.lower().startswith(opening), reverse=True)
+    first_word = card.question.split()[0].lower()
+    # Questions with the same first word ("which", "how") have answers of the same kind; others
+    # would give themselves away by their grammar.
+    others.sort(key=lambda i: cards[i].question.lower().startswith(first_word), reverse=True)
     wrong: dict[str, frozenset[str]] = {}
     for i in others:
         option = cards[i].option
-        # What the card's own answer says too would be right as well, and so might be the answer
-        # of a card that asks the same in other words.
+        # An option that the card's own answer contains would be right too, and so might be the
+        # answer of a card that asks the same in other words.
         right = option.lower() in card.answer.lower() or cards[i].words == card.words
         known = option.lower() in (text.lower() for text in wrong)
         if i != number and option and not right and not known:
@@ -245,7 +248,7 @@ def _statement(number: int, cards: Sequence[_Card], rng: random.Random) -> tuple
     if claim.negated and verdict != "maybe":
         verdict = "no"
     elif verdict == "no":
-        # Another subject's predicate, of the same verb so that the sentence still holds together.
+        # The predicate of another subject, with the same verb, so that the sentence is grammatical.
         same_verb = [c.claim.rest for c in strangers if c.claim and c.claim.verb == claim.verb]
         wrong = [rest for rest in same_verb if rest.lower() not in card.answer.lower()]
         if not wrong:

@@ -1,7 +1,7 @@
-"""What this node may use, and holding it to that: device, precision, CPU threads, memory.
+"""A node's slice of its machine: device, precision, CPU threads, GPU memory.
 
-A hospital's roster gives each SuperNode a slice. Here the slice is enforced on the process that
-trains, so that twenty nodes on one machine are twenty nodes of the size that they were given.
+The roster gives each SuperNode a slice. This module enforces it on the process that trains, so that
+twenty nodes on one machine each stay within the size they were given.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Precision:
     """The type that activations are computed in, and why.
 
     Attributes:
-        dtype: of activations, and of base weights that are not quantised. Adapters and optimizer
-            are float32 always.
+        dtype: of activations, and of base weights that are not quantized. Adapter and optimizer
+            are always float32.
         reason: half a sentence for the operator.
     """
 
@@ -39,8 +39,8 @@ class Precision:
 def precision_for(device: torch.device) -> Precision:
     """The precision of a device: bfloat16 on a GPU that has units for it, float32 elsewhere.
 
-    A CPU always gets float32, also one with bfloat16 units (AMX, AVX512-BF16): a fixed rule gives
-    the same numbers on every institution's machine, and the losses of the reference.
+    A CPU always gets float32, even one with bfloat16 units (AMX, AVX512-BF16): the same rule
+    everywhere gives the same numbers on every institution's machine, and the reference's losses.
     """
     if device.type != "cuda":
         return Precision(torch.float32, "a CPU repeats it bit for bit")
@@ -51,7 +51,7 @@ def precision_for(device: torch.device) -> Precision:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where this process computes, and the limits that hold for it.
+    """Where this process computes, and its limits.
 
     Attributes:
         device: the CPU, or the one GPU that this process sees.
@@ -69,7 +69,7 @@ class Placement:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of activations and of base weights that are not quantised."""
+        """The type of activations and of base weights that are not quantized."""
         return self.precision.dtype
 
     def __str__(self) -> str:
@@ -111,23 +111,23 @@ class Placement:
 
 
 def place(node_config: Mapping[str, object], threads: int = 0) -> Placement:
-    """Choose this process's device and put its limits in force. Call before loading a model.
+    """Choose this process's device and enforce its limits. Call before loading a model.
 
-    Read from ``node_config``, and where it is silent from the environment the SuperNode gives its
-    ClientApps:
+    Each limit is read from ``node_config`` or, where that has no such key, from the environment
+    that the SuperNode gives its ClientApps:
 
-    - ``cpus``, else ``OMP_NUM_THREADS``: threads of torch (whole cores, at least one), unless the
-      run asks for ``threads``: how a sum is split among them decides its last bits, so clients that
-      are to agree need the same number whatever their share of a machine;
+    - ``cpus``, else ``OMP_NUM_THREADS``: threads of torch (whole cores, at least one). ``threads``,
+      if the run sets it, overrides both: the number of threads decides how a sum is split and so
+      its last bits, and clients whose results are to agree need the same number;
     - ``gpu-device``, else ``CUDA_VISIBLE_DEVICES``: an index or a GPU or MIG UUID; empty: no GPU;
     - ``gpu-memory-fraction``, else ``MEDFED_GPU_MEMORY``: share of that device's memory;
     - ``mps-thread-percentage``: share of its multiprocessors, where NVIDIA's MPS daemon runs.
 
-    On a machine without a GPU a node with a GPU slice works on its CPU share, and says so.
+    On a machine without a GPU a node with a GPU slice runs on its CPU share; ``reason`` says so.
 
     Raises:
-        AppError: a value out of range, or a slice that comes too late because this process has
-            already touched a GPU.
+        AppError: a value is out of range, or this process has initialized CUDA already, so that the
+            slice can no longer be enforced.
     """
     threads = threads or _threads(node_config)
     torch.set_num_threads(threads)
@@ -184,7 +184,7 @@ def _share(value: object, key: str, most: int) -> float | None:
 
 
 def _show_only(node_config: Mapping[str, object], mps_percentage: float | None) -> None:
-    """Hide every GPU but the node's own from CUDA, which looks only once."""
+    """Hide every GPU but the node's own from CUDA, which reads these variables once."""
     wanted = {}
     if "gpu-device" in node_config:
         wanted["CUDA_VISIBLE_DEVICES"] = str(node_config["gpu-device"])
@@ -209,11 +209,11 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 class PeakMemory:
-    """The highest memory of this process on a device since this object was made.
+    """Peak memory of this process on a device since this object was made.
 
-    On a GPU: what torch has reserved there, which is what a slice has to hold. On a CPU: the
-    resident set, libraries and weights included, from the kernel's own high-water mark; where the
-    kernel does not let a process reset that mark, it is the highest since the process started.
+    On a GPU: what torch has reserved there, because a slice has to hold that. On a CPU: the
+    resident set, libraries and weights included, by the kernel's high-water mark. Where the kernel
+    does not let a process reset that mark, the peak is counted from the start of the process.
     """
 
     def __init__(self, device: torch.device) -> None:

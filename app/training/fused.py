@@ -1,13 +1,13 @@
-"""Steps of a Llama's layer with fewer passes over memory: the same mathematics, on a CPU.
+"""Fused operations of a Llama layer for a CPU: the same mathematics, fewer passes over memory.
 
-Much of a training step on a CPU is not matrix products but what lies between them: normalising,
-rotating, gating. Written operation by operation, each reads and writes its activations many times
-and, where a tensor is cut in two, fills whole zero tensors on the way back. Here each is one
-function that knows its own derivative (RMSNorm 1910.07467, rotary embedding 2104.09864, SwiGLU
-2002.05202) and works in place; LoRA's product (2106.09685) is added and scaled as it is computed.
+Between its matrix products a training step normalises, rotates and gates. Written operation by
+operation, each of these reads and writes its activations many times; where a tensor is cut in two,
+its backward pass fills whole tensors with zeros. Here each is one function with its own derivative
+(RMSNorm 1910.07467, rotary embedding 2104.09864, SwiGLU 2002.05202) that works in place. LoRA's
+product (2106.09685) is scaled and added as it is computed.
 
-Used where the model's own classes are those of transformers' Llama family, on a CPU, in a precision
-that needs no casts; anything else runs as transformers has it.
+They replace the classes of transformers' Llama family, on a CPU, in a precision that needs no
+casts. Everything else runs as transformers wrote it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _ROTARY_PARAMETERS = ["q", "k", "cos", "sin", "unsqueeze_dim"]
 
 @contextmanager
 def fused(network: nn.Module) -> Iterator[None]:
-    """Let ``network`` use the functions below inside the block, where it can."""
+    """Let ``network`` run on the fused operations below, where they fit; undo it afterwards."""
     with ExitStack() as stack:
         if next(network.parameters()).device.type == "cpu":
             for module in network.modules():
                 if forward := _forward(module):
                     stack.enter_context(mock.patch.object(module, "forward", forward))
-            for home in _rotary_homes(network):
-                stack.enter_context(mock.patch.object(home, _ROTARY, rotate))
+            for python_module in _rotary_modules(network):
+                stack.enter_context(mock.patch.object(python_module, _ROTARY, rotate))
         yield
 
 
@@ -48,7 +48,7 @@ def _forward(module: Any) -> Callable[[Tensor], Tensor] | None:
     if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         weight, epsilon, usual = module.weight, module.variance_epsilon, module.forward
         if not weight.requires_grad:
-            # In any other precision transformers casts to this one and back.
+            # In any other precision transformers casts to float32 and back.
             return lambda hidden: (
                 normalise(hidden, weight, epsilon)
                 if hidden.dtype == torch.float32
@@ -77,21 +77,21 @@ def _lora_forward(module: Linear) -> Callable[[Tensor], Tensor] | None:
     def forward(hidden: Tensor) -> Tensor:
         if hidden.dtype != wide.weight.dtype:
             return usual(hidden)
-        rows = narrow(dropout(hidden)).flatten(0, -2)
-        grown = torch.addmm(base(hidden).flatten(0, -2), rows, wide.weight.t(), alpha=scaling)
-        return grown.unflatten(0, hidden.shape[:-1])
+        low_rank = narrow(dropout(hidden)).flatten(0, -2)
+        total = torch.addmm(base(hidden).flatten(0, -2), low_rank, wide.weight.t(), alpha=scaling)
+        return total.unflatten(0, hidden.shape[:-1])
 
     return forward
 
 
-def _rotary_homes(network: nn.Module) -> set[Any]:
-    """The modules of transformers whose attention rotates queries and keys as Llama does."""
-    homes = {sys.modules[type(module).__module__] for module in network.modules()}
-    found = {home for home in homes if hasattr(home, _ROTARY)}
+def _rotary_modules(network: nn.Module) -> set[Any]:
+    """The Python modules of transformers whose attention rotates queries and keys as Llama does."""
+    python_modules = {sys.modules[type(module).__module__] for module in network.modules()}
     return {
-        home
-        for home in found
-        if list(inspect.signature(getattr(home, _ROTARY)).parameters) == _ROTARY_PARAMETERS
+        one
+        for one in python_modules
+        if hasattr(one, _ROTARY)
+        and list(inspect.signature(getattr(one, _ROTARY)).parameters) == _ROTARY_PARAMETERS
     }
 
 
@@ -145,7 +145,7 @@ def rotate(
 
     Args:
         q: queries.
-        k: keys, of as many heads as there are.
+        k: keys; they may have fewer heads.
         cos: ``(batch, tokens, dim)``, the second half of ``dim`` repeating the first.
         sin: likewise.
         unsqueeze_dim: where the heads are.

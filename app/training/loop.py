@@ -1,13 +1,12 @@
-"""Local training: the mathematics of a padded full-logits batch, without its padding or its logits.
+"""Local training: the loss and gradients of a padded batch, without its padding or its logits.
 
-What a Hugging Face ``Trainer`` computes for one optimizer step is a mean over the labelled tokens
-of all its batches. A sum does not care in which order, or in which company, its terms are added,
-so the same number (and the same gradient) comes from:
+For one optimizer step a Hugging Face ``Trainer`` computes a mean over the labelled tokens of all
+its batches. A sum may be computed in any order, so the same loss and the same gradient come from:
 
-- cards laid end to end instead of padded to the longest (``app.training.packing``);
-- several small packs instead of one batch, so that memory follows ``micro_batch_tokens``;
-- logits only where there is a label and a few rows at a time, so that memory does not follow the
-  vocabulary.
+- sample packing instead of padding (``app.training.packing``);
+- several micro-batches instead of one batch, so that peak memory follows ``micro_batch_tokens``;
+- logits only where there is a label and a few rows at a time, so that peak memory does not follow
+  the size of the vocabulary.
 
 The same seeds give the same adapter, bit for bit, on the same kind of machine with the same number
 of threads.
@@ -27,9 +26,15 @@ from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
 from app.errors import AppError
+from app.training.attention import (
+    KeysAndValues,
+    PackedSequences,
+    SharedPrefix,
+    packed_attention,
+)
 from app.training.device import PeakMemory, precision_for
 from app.training.fused import fused
-from app.training.packing import Family, KeysAndValues, Opening, Pack, pack, packed_attention
+from app.training.packing import PackedBatch, PrefixGroup, pack
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,13 +48,13 @@ ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
 WEIGHT_DECAY = 0.0
 
-# Tokens in one forward pass: more are a little quicker and take more memory. For a CPU tried out
-# (`python -m benchmarks.training --micro-batch-tokens N`), for a GPU an estimate.
+# Tokens of a micro-batch: more are a little quicker and take more memory. Measured for a CPU
+# (`python -m benchmarks.training --micro-batch-tokens N`), estimated for a GPU.
 MICRO_BATCH_TOKENS = {"cpu": 400, "cuda": 2048}
 
-# Tokens that sharing an opening has to save, for the pass over the opening costs time of its own:
-# that of reading every weight, or of launching every kernel. Estimates.
-PASS_TOKENS = {"cpu": 32, "cuda": 512}
+# Tokens that sharing a prefix has to save. The prefix's own forward pass has a fixed cost: a CPU
+# reads every weight, a GPU launches every kernel. Estimates.
+PREFIX_PASS_COST = {"cpu": 32, "cuda": 512}
 
 # Rows of logits alive at once; a row of SmolLM2's vocabulary is 192 KiB.
 LOGIT_ROWS = {"cpu": 64, "cuda": 512}
@@ -104,8 +109,8 @@ def train(
         learning_rate: of every step.
         order_seed: decides which cards make up which step (``step_batches``).
         dropout_seed: decides every dropout mask.
-        micro_batch_tokens: most tokens in one forward pass, by default what suits the device. It
-            changes speed and memory; the loss only in its rounding, and which dropout masks fall.
+        micro_batch_tokens: most tokens of a micro-batch, by default what suits the device. It
+            changes speed and peak memory; of the result only the rounding and the dropout masks.
         on_step: called after each step with its number, from 1, and its loss.
 
     Raises:
@@ -121,7 +126,7 @@ def train(
     if not parameters:
         raise AppError(
             "expected a model with an adapter to train, found every parameter frozen",
-            "attach the adapter with app.model.attach_adapter",
+            "attach the adapter with app.training.model.attach_adapter",
         )
     device = parameters[0].device
     optimizer = torch.optim.AdamW(
@@ -139,7 +144,7 @@ def train(
     with _ready(model, training=True) as network, _seeded(dropout_seed, device):
         for step in range(1, steps + 1):
             batch = [examples[index] for index in next(orders)]
-            loss = _backward(network, _laid_out(batch, micro_batch_tokens, device))
+            loss = _backward(network, _packed(batch, micro_batch_tokens, device))
             norm = nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             if not (math.isfinite(loss) and torch.isfinite(norm)):
                 raise AppError(
@@ -173,13 +178,13 @@ def holdout_loss(
         AppError: no example has a labelled token, or the model is one that ``train`` refuses.
     """
     device = next(model.parameters()).device
-    families = _laid_out(examples, micro_batch_tokens, device)
-    labels = _count_labels(families)
+    groups = _packed(examples, micro_batch_tokens, device)
+    labels = _count_labels(groups)
     total = 0.0
     with torch.no_grad(), _ready(model, training=False) as network:
-        for family in families:
-            shared = Opening(network, family.opening).keys_and_values
-            total += sum(_summed_loss(network, one, shared).item() for one in family.packs)
+        for group in groups:
+            prefix = SharedPrefix(network, group.prefix).keys_and_values
+            total += sum(_summed_loss(network, batch, prefix).item() for batch in group.batches)
     return total / labels
 
 
@@ -202,7 +207,7 @@ def step_batches(count: int, cards_per_step: int, seed: int) -> Iterator[list[in
 
 @contextmanager
 def _ready(model: PeftModel, *, training: bool) -> Iterator[PreTrainedModel]:
-    """The network inside the adapter's wrapper, set to run on packs; as it was, afterwards."""
+    """Set the network inside PEFT's wrapper to run on packed batches; restore it afterwards."""
     network = cast("PreTrainedModel", model.get_base_model())
     _check_head(network)
     mode = model.training
@@ -246,29 +251,29 @@ def _check_head(network: PreTrainedModel) -> None:
             )
 
 
-def _laid_out(
+def _packed(
     examples: Sequence[Example], micro_batch_tokens: int | None, device: torch.device
-) -> list[Family]:
-    most_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
-    return pack(examples, most_tokens, PASS_TOKENS[device.type], device)
+) -> list[PrefixGroup]:
+    max_tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
+    return pack(examples, max_tokens, PREFIX_PASS_COST[device.type], device)
 
 
-def _backward(network: PreTrainedModel, families: Sequence[Family]) -> float:
-    """Add the gradient of the families' mean loss to the parameters; return that loss."""
-    labels = _count_labels(families)
+def _backward(network: PreTrainedModel, groups: Sequence[PrefixGroup]) -> float:
+    """Add the gradient of the groups' mean loss to the parameters; return that loss."""
+    labels = _count_labels(groups)
     total = 0.0
-    for family in families:
-        opening = Opening(network, family.opening)
-        for one in family.packs:
-            loss = _summed_loss(network, one, opening.keys_and_values) / labels
+    for group in groups:
+        prefix = SharedPrefix(network, group.prefix)
+        for batch in group.batches:
+            loss = _summed_loss(network, batch, prefix.keys_and_values) / labels
             torch.autograd.backward(loss)
             total += loss.item()
-        opening.backward()
+        prefix.backward()
     return total
 
 
-def _count_labels(families: Sequence[Family]) -> int:
-    labels = sum(len(one.labels) for family in families for one in family.packs)
+def _count_labels(groups: Sequence[PrefixGroup]) -> int:
+    labels = sum(len(batch.labels) for group in groups for batch in group.batches)
     if not labels:
         raise AppError(
             "expected cards with an answer to learn from, found only answers that were cut off",
@@ -277,42 +282,41 @@ def _count_labels(families: Sequence[Family]) -> int:
     return labels
 
 
-def _summed_loss(network: PreTrainedModel, one: Pack, opening: KeysAndValues) -> Tensor:
+def _summed_loss(network: PreTrainedModel, batch: PackedBatch, prefix: KeysAndValues) -> Tensor:
     hidden = (
         network.get_decoder()(
-            input_ids=one.input_ids,
-            position_ids=one.position_ids,
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
             use_cache=False,
-            packed_lengths=one.lengths,
-            opening=opening,
+            sequences=PackedSequences(batch.lengths, prefix),
         )
         .last_hidden_state[0]
-        .index_select(0, one.predictors)
+        .index_select(0, batch.predictors)
     )
     head = network.get_output_embeddings()
     if torch.is_grad_enabled():
-        loss: Tensor = _SummedCrossEntropy.apply(hidden, head, one.labels)  # type: ignore[no-untyped-call]
+        loss: Tensor = _SummedCrossEntropy.apply(hidden, head, batch.labels)  # type: ignore[no-untyped-call]
         return loss
     rows = LOGIT_ROWS[hidden.device.type]
-    chunks = zip(hidden.split(rows), one.labels.split(rows), strict=True)
-    return torch.stack([_nll(_log_shares(head(part)), labels) for part, labels in chunks]).sum()
+    chunks = zip(hidden.split(rows), batch.labels.split(rows), strict=True)
+    losses = [_nll(_log_probabilities(head(part)), labels) for part, labels in chunks]
+    return torch.stack(losses).sum()
 
 
-def _log_shares(logits: Tensor) -> Tensor:
+def _log_probabilities(logits: Tensor) -> Tensor:
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     return wide.log_softmax(1)
 
 
-def _nll(log_shares: Tensor, labels: Tensor) -> Tensor:
-    return nll_loss(log_shares, labels, reduction="sum").double()
+def _nll(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+    return nll_loss(log_probabilities, labels, reduction="sum").double()
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Cross entropy through a frozen head; logits and their gradient live for one chunk only.
+    """Cross entropy through a frozen head; logits and their gradient exist for one chunk only.
 
     The head is linear and last, so the gradient towards ``hidden`` is known as soon as the logits
-    are: it is computed on the way forward and scaled on the way back, and nothing is computed
-    twice.
+    are. The forward pass computes it, the backward pass scales it, and nothing is computed twice.
     """
 
     @staticmethod
@@ -325,12 +329,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 part = hidden[chunk].detach().requires_grad_()
                 logits = head(part)
-            shares = _log_shares(logits.detach())
-            total += _nll(shares, labels[chunk])
-            # In place: another chunk of logits, far larger than a cache, costs more than its sums.
-            slope = shares.exp_()
-            slope[torch.arange(len(slope), device=slope.device), labels[chunk]] -= 1
-            (gradient[chunk],) = torch.autograd.grad(logits, part, slope.to(logits.dtype))
+            log_probabilities = _log_probabilities(logits.detach())
+            total += _nll(log_probabilities, labels[chunk])
+            # In place: a second chunk of this size fits in no cache and costs more than its sums.
+            towards_logits = log_probabilities.exp_()
+            rows_of_chunk = torch.arange(len(towards_logits), device=towards_logits.device)
+            towards_logits[rows_of_chunk, labels[chunk]] -= 1
+            (gradient[chunk],) = torch.autograd.grad(logits, part, towards_logits.to(logits.dtype))
         ctx.save_for_backward(gradient)
         return total
 

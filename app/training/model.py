@@ -62,15 +62,15 @@ def load_base(settings: ModelSettings, placement: Placement) -> PreTrainedModel:
     """Load the frozen base model, ready for an adapter.
 
     Args:
-        settings: which model and how it is quantised.
-        placement: where it is to live and in which precision.
+        settings: which model and which quantization.
+        placement: the device and the precision.
 
     Raises:
         AppError: if there is no such model or the device cannot hold it as asked.
     """
     base = _from_warm_process(settings, placement) or _from_files(settings, placement)
     base.config.use_cache = False
-    _keep_as_quantised(base)
+    _keep_weight_layout(base)
     if not settings.quantization:
         base.requires_grad_(False)
         if settings.gradient_checkpointing:
@@ -85,10 +85,10 @@ def load_base(settings: ModelSettings, placement: Placement) -> PreTrainedModel:
 
 
 def _from_warm_process(settings: ModelSettings, placement: Placement) -> PreTrainedModel | None:
-    """The base model that this process was forked with, where the node keeps one warm.
+    """The base model that this process inherited from the node's fork server, if it has one.
 
-    The provider is found by the name of a module (``supernode/warm/preload.py``): the app imports
-    nothing of the machine it runs on.
+    The provider is found by the name of a module (``supernode/warm/preload.py``), because the app
+    imports no code of the machine it runs on.
     """
     warm = sys.modules.get("medfed_warm")
     if warm is None or placement.device.type != "cpu" or placement.dtype != torch.float32:
@@ -116,12 +116,12 @@ def _from_files(settings: ModelSettings, placement: Placement) -> PreTrainedMode
     return cast(PreTrainedModel, base)
 
 
-def _keep_as_quantised(base: PreTrainedModel) -> None:
-    """Have 4-bit weights stay as they were read, in evaluation too.
+def _keep_weight_layout(base: PreTrainedModel) -> None:
+    """Keep 4-bit weights in the layout in which they were loaded, in evaluation mode too.
 
-    On a CPU with AVX512-BF16, bitsandbytes 0.50 lays them out anew at the first pass in evaluation
-    mode, for a kernel that rounds to bfloat16 and has no gradient; ``state_dict()`` then lays them
-    back with the scales transposed, and from there on every answer is wrong.
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 converts them at the first forward pass in
+    evaluation mode, for a kernel that rounds to bfloat16 and has no gradient. ``state_dict()`` then
+    converts them back with the scales transposed, and every later answer is wrong.
     """
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -130,16 +130,16 @@ def _keep_as_quantised(base: PreTrainedModel) -> None:
 
 @lru_cache(maxsize=1)
 def adapted_model(settings: ModelSettings, placement: Placement) -> PeftModel:
-    """The base model with an adapter on it, loaded once a process.
+    """The base model with an adapter on it, loaded once per process.
 
-    A simulated node shares its process with others, and the coordinator measures after each round:
-    whoever uses the model next overwrites the whole adapter, so nothing is left of the last user.
+    Simulated nodes share one process, and the coordinator measures after each round. Each of them
+    overwrites the whole adapter before use, so nothing is left of the user before.
     """
     return attach_adapter(load_base(settings, placement), settings)
 
 
 def attach_adapter(base: PreTrainedModel, settings: ModelSettings) -> PeftModel:
-    """Put an empty LoRA adapter on ``base``; its weights come from the round's global adapter."""
+    """Put a fresh LoRA adapter on ``base``; ``load_adapter`` then writes the round's weights."""
     return get_peft_model(base, lora_config(settings))
 
 
@@ -170,10 +170,10 @@ def flat_adapter(model: PeftModel) -> FlatArray:
 
 
 def initial_adapter(settings: ModelSettings, seed: int) -> tuple[FlatArray, Manifest]:
-    """The adapter that round 1 starts from, from the architecture alone (no weights needed).
+    """The adapter that round 1 starts from; it needs the architecture and no weights.
 
-    LoRA's own initialisation (A uniform by Kaiming, B zero: the model starts unchanged), each
-    tensor from a seed of its own name.
+    LoRA's own initialisation: A is Kaiming-uniform, B is zero, so the model starts unchanged. The
+    seed of each tensor is derived from its name.
 
     Raises:
         AppError: if there is no such model or it has no module of a target's name.

@@ -1,50 +1,35 @@
-"""Cards laid end to end: no padding, no card's border crossed, and what they share read once.
+"""Sample packing: tokenized cards into rows without padding, grouped by the prefix they share.
 
-Cards begin alike: with the template that they are put in. Under causal attention nothing that
-follows changes what a model makes of such an opening, so it is run once for all the cards behind
-it, and their gradients are summed before they go back through it. A dropout mask is drawn once for
-the opening, then, instead of once for each card; each activation is dropped as often as before.
-
-transformers calls attention through a registry, so a model of any architecture that uses it runs on
-packs without a change to its code. Each card is attended to by itself with the causal kernel,
-which keeps no mask and no matrix of scores.
+Cards begin with the words of the template that they are put in. Each such prefix is computed once
+for all cards of its group (``app.training.attention.SharedPrefix``), and the gradients of those
+cards are summed before they go back through it. One dropout mask therefore falls on the prefix of a
+whole group, instead of one for each card; each activation is dropped with the same probability.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface
-
-from app.errors import AppError
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from app.cards.tokens import Example
-
-PACKED_ATTENTION = "medfed_packed"
-
-KeysAndValues = dict[nn.Module, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Pack:
-    """Several cards in one row of tokens, each without its opening.
+class PackedBatch:
+    """Several cards in one row of tokens, each without the shared prefix: one forward pass.
 
     Attributes:
         input_ids: shape (1, tokens), int64; each card without its last token, which predicts
             nothing.
-        position_ids: shape (1, tokens), int64; of each card, from the end of the opening on.
-        lengths: tokens of each card in the pack.
-        predictors: shape (labels,), int64: where in the pack a labelled token is predicted.
+        position_ids: shape (1, tokens), int64; in each card they count on from the prefix.
+        lengths: tokens of each card in the row.
+        predictors: shape (labels,), int64: where in the row a labelled token is predicted.
         labels: shape (labels,), int64: the tokens predicted there.
     """
 
@@ -56,17 +41,17 @@ class Pack:
 
 
 @dataclass(frozen=True)
-class Family:
-    """Cards that begin alike.
+class PrefixGroup:
+    """Cards that share a prefix.
 
     Attributes:
-        opening: shape (1, tokens), int64: what they begin with, up to no token; it ends before
-            the first labelled token of any of them is predicted.
-        packs: the cards, without the opening.
+        prefix: shape (1, tokens), int64; of no tokens where the cards share none. It ends before
+            the position that predicts the first labelled token of any of the cards.
+        batches: the cards, without the prefix.
     """
 
-    opening: Tensor
-    packs: tuple[Pack, ...]
+    prefix: Tensor
+    batches: tuple[PackedBatch, ...]
 
 
 def labelled_tokens(example: Example) -> int:
@@ -75,218 +60,105 @@ def labelled_tokens(example: Example) -> int:
 
 
 def pack(
-    examples: Sequence[Example], max_tokens: int, pass_tokens: int, device: torch.device
-) -> list[Family]:
-    """Lay cards end to end in packs, those that begin alike behind one opening.
+    examples: Sequence[Example], max_tokens: int, prefix_pass_cost: int, device: torch.device
+) -> list[PrefixGroup]:
+    """Group cards by shared prefix and pack each group into batches.
 
-    Cards without any labelled token have no part in the loss and are left out.
+    A card without a labelled token has no part in the loss and is left out.
 
     Args:
         examples: the cards, in any order.
-        max_tokens: most tokens of a pack and its opening together; a card that is longer gets a
-            pack to itself.
-        pass_tokens: how many tokens it has to save to be worth a forward pass for an opening.
+        max_tokens: most tokens of a batch and its prefix together; a longer card gets a batch to
+            itself.
+        prefix_pass_cost: a prefix is shared only if that saves more than this many tokens.
         device: where the tensors go.
     """
     labelled = sorted((card for card in examples if labelled_tokens(card)), key=_before_answer)
     if not labelled:
         return []
-    _, families = _families(labelled, pass_tokens)
-    shared = [family for family in families if family[0]]
-    alone = [card for opening, cards in families if not opening for card in cards]
+    _, groups = _group_by_prefix(labelled, prefix_pass_cost)
+    sharing = [group for group in groups if group[0]]
+    alone = [card for prefix, cards in groups if not prefix for card in cards]
     return [
-        Family(
-            opening=torch.tensor([cards[0].input_ids[:opening]], dtype=torch.int64, device=device),
-            packs=tuple(_packs(cards, opening, max_tokens, device)),
+        PrefixGroup(
+            prefix=torch.tensor([cards[0].input_ids[:prefix]], dtype=torch.int64, device=device),
+            batches=tuple(_batches(cards, prefix, max_tokens, device)),
         )
-        for opening, cards in [*shared, (0, alone)]
+        for prefix, cards in [*sharing, (0, alone)]
         if cards
     ]
 
 
 def _before_answer(card: Example) -> tuple[int, ...]:
-    """The tokens of a card that predict none with a label."""
+    """The tokens of a card whose next token has no label."""
     return card.input_ids[: max(1, card.prompt_length) - 1]
 
 
-def _families(
-    cards: list[Example], pass_tokens: int
+def _group_by_prefix(
+    cards: list[Example], prefix_pass_cost: int
 ) -> tuple[int, list[tuple[int, list[Example]]]]:
-    """Tokens saved by sharing openings; their lengths, and the cards (sorted) that share each."""
+    """Split sorted cards so that sharing prefixes saves the most tokens.
+
+    Returns:
+        The tokens saved, and for each group the length of its prefix and its cards.
+    """
     # Of sorted cards, what the first and the last have in common is common to all.
     pairs = zip(_before_answer(cards[0]), _before_answer(cards[-1]), strict=False)
-    opening = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    saved, families = opening * (len(cards) - 1) - pass_tokens, [(opening, cards)]
+    prefix = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    saved, groups = prefix * (len(cards) - 1) - prefix_pass_cost, [(prefix, cards)]
     if saved <= 0:
-        saved, families = 0, [(0, cards)]
-    if opening == len(_before_answer(cards[-1])):
-        return saved, families
+        saved, groups = 0, [(0, cards)]
+    if prefix == len(_before_answer(cards[-1])):
+        return saved, groups
     parts = [
-        _families(list(part), pass_tokens)
-        for _, part in groupby(cards, lambda card: _before_answer(card)[opening : opening + 1])
+        _group_by_prefix(list(part), prefix_pass_cost)
+        for _, part in groupby(cards, lambda card: _before_answer(card)[prefix : prefix + 1])
     ]
     apart = sum(part for part, _ in parts)
     if apart > saved:
-        return apart, [family for _, part in parts for family in part]
-    return saved, families
+        return apart, [group for _, part in parts for group in part]
+    return saved, groups
 
 
-def _packs(
-    cards: list[Example], opening: int, max_tokens: int, device: torch.device
-) -> Iterator[Pack]:
-    """As few packs as first-fit finds, longest first: the first one needs the most memory."""
+def _batches(
+    cards: list[Example], prefix: int, max_tokens: int, device: torch.device
+) -> Iterator[PackedBatch]:
+    """First-fit decreasing bin packing; the longest cards, and so peak memory, come first."""
     bins: list[list[Example]] = []
     rooms: list[int] = []
     for card in sorted(cards, key=lambda card: len(card.input_ids), reverse=True):
-        tokens = len(card.input_ids) - 1 - opening
+        tokens = len(card.input_ids) - 1 - prefix
         fits = next((number for number, room in enumerate(rooms) if tokens <= room), len(bins))
         if fits == len(bins):
             bins.append([])
-            rooms.append(max_tokens - opening)
+            rooms.append(max_tokens - prefix)
         bins[fits].append(card)
         rooms[fits] -= tokens
-    return (_lay_end_to_end(cards, opening, device) for cards in bins)
+    return (_packed_batch(cards, prefix, device) for cards in bins)
 
 
-def _lay_end_to_end(cards: Sequence[Example], opening: int, device: torch.device) -> Pack:
+def _packed_batch(cards: Sequence[Example], prefix: int, device: torch.device) -> PackedBatch:
     ids: list[int] = []
     positions: list[int] = []
     predictors: list[int] = []
     labels: list[int] = []
     lengths: list[int] = []
     for card in cards:
-        start, end = len(ids) - opening, len(card.input_ids) - 1
+        start, end = len(ids) - prefix, len(card.input_ids) - 1
         first = max(1, card.prompt_length)
-        ids += card.input_ids[opening:end]
-        positions += range(opening, end)
+        ids += card.input_ids[prefix:end]
+        positions += range(prefix, end)
         predictors += range(start + first - 1, start + end)
         labels += card.input_ids[first:]
-        lengths.append(end - opening)
+        lengths.append(end - prefix)
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    return Pack(
+    return PackedBatch(
         input_ids=tensor(ids).unsqueeze(0),
         position_ids=tensor(positions).unsqueeze(0),
         lengths=tuple(lengths),
         predictors=tensor(predictors),
         labels=tensor(labels),
     )
-
-
-class Opening:
-    """A family's opening as its cards attend to it: keys and values, run once for all of them.
-
-    The cards' gradients gather at the keys and values; ``backward`` sends their sum on.
-    """
-
-    def __init__(self, network: PreTrainedModel, ids: Tensor) -> None:
-        self._run: KeysAndValues = {}
-        if ids.numel():
-            network.get_decoder()(
-                input_ids=ids,
-                use_cache=False,
-                packed_lengths=(ids.shape[1],),
-                opening={},
-                record=self._run,
-            )
-        # Gradients of many cards are summed here: in float32 where the model computes in less.
-        self.keys_and_values: KeysAndValues = {
-            module: (_leaf(keys), _leaf(values)) for module, (keys, values) in self._run.items()
-        }
-
-    def backward(self) -> None:
-        """Add the gradient of the packs that were run behind the opening to the parameters."""
-        ends = [
-            (run, leaf.grad.to(run.dtype))
-            for module, leaves in self.keys_and_values.items()
-            for run, leaf in zip(self._run[module], leaves, strict=True)
-            if leaf.grad is not None
-        ]
-        if ends:
-            torch.autograd.backward([run for run, _ in ends], [gradient for _, gradient in ends])
-
-
-def _leaf(run: Tensor) -> Tensor:
-    leaf = run.detach().to(torch.promote_types(run.dtype, torch.float32))
-    return leaf.requires_grad_(run.requires_grad)
-
-
-def _packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    packed_lengths: tuple[int, ...],
-    opening: KeysAndValues,
-    record: KeysAndValues | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention within each card: (1, heads, tokens, dim) to (1, tokens, heads, dim)."""
-    for name in ("softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise AppError(
-                f"expected plain softmax attention, found {name} in {type(module).__name__}",
-                "train a model whose attention is the usual one (Llama, Mistral, Qwen2, ...)",
-            )
-    if record is not None:
-        record[module] = key, value
-    before = opening.get(module, (key[:, :, :0], value[:, :, :0]))
-    shared = before[0].shape[2]
-    window = options.get("sliding_window")
-    if window is not None and shared + max(packed_lengths) > window:
-        raise AppError(
-            f"expected cards within the attention window of {window} tokens, "
-            f"found one of {shared + max(packed_lengths)}",
-            f"set train.seq-length to at most {window}",
-        )
-    # A key-value head becomes a batch of the query heads that share it, and is not copied.
-    queries = query[0].unflatten(0, (key.shape[1], -1))
-    cards = zip(
-        queries.split(packed_lengths, dim=2),
-        key[0].split(packed_lengths, dim=1),
-        value[0].split(packed_lengths, dim=1),
-        strict=True,
-    )
-    attended = []
-    for q, *kv in cards:
-        k, v = (
-            torch.cat([first[0].to(own.dtype), own], dim=1)
-            .unsqueeze(1)
-            .expand(-1, q.shape[1], -1, -1)
-            for first, own in zip(before, kv, strict=True)
-        )
-        # Queries of zeros stand for the opening's, so that the kernel's causal triangle fits.
-        found = scaled_dot_product_attention(
-            pad(q, (0, 0, shared, 0)), k, v, dropout_p=dropout, is_causal=True, scale=scaling
-        )
-        attended.append(found[:, :, shared:].permute(2, 0, 1, 3))
-    return torch.cat(attended).flatten(1, 2).unsqueeze(0), None
-
-
-AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
-
-
-@contextmanager
-def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model attend within packs, and give it its own attention back afterwards.
-
-    Raises:
-        AppError: the architecture does not call attention through the registry.
-    """
-    before = model.config._attn_implementation
-    model.set_attn_implementation(PACKED_ATTENTION)
-    if model.config._attn_implementation != PACKED_ATTENTION:
-        raise AppError(
-            f"expected a model whose attention can be chosen, found {type(model).__name__}",
-            "use an architecture with transformers' attention interface (Llama, Mistral, ...)",
-        )
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

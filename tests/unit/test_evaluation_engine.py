@@ -77,7 +77,7 @@ def test_batches_say_what_the_loop_says(subject, batch_tokens):
     assert len(set(said)) > 5  # not a model that always says the same
 
 
-def test_scores_do_not_depend_on_the_company(subject):
+def test_scores_do_not_depend_on_the_batch(subject):
     requests = [Request(text, 1) for text in prompts(12)]
     together = all_answers(Engine(subject, OPTIONS), requests)
     for n, request in enumerate(requests):
@@ -85,16 +85,16 @@ def test_scores_do_not_depend_on_the_company(subject):
         assert together[n].scores == pytest.approx(alone.scores, abs=1e-4)
 
 
-@pytest.mark.parametrize("shared", [0, 5], ids=["nothing shared", "a shared beginning"])
-def test_logits_of_prompts_end_to_end_are_the_models_own(subject, shared):
+@pytest.mark.parametrize("shared", [0, 5], ids=["no prefix", "a shared prefix"])
+def test_logits_of_packed_prompts_are_the_models_own(subject, shared):
     model = copy.deepcopy(subject.model).double()  # so that one score too few would be seen
-    beginning = [7] * shared
+    prefix = [7] * shared
     rows = [[n % 97 + 3 for n in range(start, start + length)]
             for start, length in ((0, 1), (5, 63), (11, 64), (3, 65), (2, 900))]  # fmt: skip
     with torch.inference_mode():
-        own = [model(torch.tensor([beginning + row])).logits[0, -1] for row in rows]
+        own = [model(torch.tensor([prefix + row])).logits[0, -1] for row in rows]
         with prompt_attention(model):
-            found = next_token_logits(model, read_prefix(model, beginning), rows)
+            found = next_token_logits(model, read_prefix(model, prefix), rows)
     torch.testing.assert_close(found, torch.stack(own), atol=1e-9, rtol=0)
     assert found.std() > 0.1
 
@@ -355,7 +355,7 @@ def test_an_adapter_that_is_none_is_refused(tiny, adapter, tmp_path):
         with_adapter(load_subject(str(tiny), 0), tmp_path / "none", str(tiny))
 
 
-def test_a_model_that_is_none_and_an_odd_quantisation_are_refused(tmp_path):
+def test_a_model_that_is_none_and_an_odd_quantization_are_refused(tmp_path):
     with pytest.raises(EvaluationError, match="found 5"):
         load_subject(str(tmp_path), 5)
     (tmp_path / "config.json").write_text("{}")
@@ -363,7 +363,7 @@ def test_a_model_that_is_none_and_an_odd_quantisation_are_refused(tmp_path):
         load_subject(str(tmp_path), 0)
 
 
-def test_unpacked_four_bit_weights_are_the_numbers_that_packed_ones_stand_for(tiny):
+def test_dequantized_four_bit_weights_are_the_numbers_that_quantized_ones_stand_for(tiny):
     packed, unpacked = (load_subject(str(tiny), 4, unpack=unpack) for unpack in (False, True))
     layer = packed.model.model.layers[0].self_attn.q_proj.weight
     numbers = dequantize_4bit(layer.data, layer.quant_state)

@@ -115,15 +115,15 @@ def test_a_4_bit_base_answers_alike_before_and_after_an_adapter_is_loaded(folder
 
 def test_bitsandbytes_still_asks_each_layer_whether_to_lay_its_weights_out_anew(folder, cpu):
     layers = load_base(settings(folder, quantization=4), cpu).modules()
-    quantised = [layer for layer in layers if isinstance(layer, Linear4bit)]
-    assert quantised
-    assert not any(layer.support_avx512bf16_for_cpu for layer in quantised)
+    quantized = [layer for layer in layers if isinstance(layer, Linear4bit)]
+    assert quantized
+    assert not any(layer.support_avx512bf16_for_cpu for layer in quantized)
     assert "self.support_avx512bf16_for_cpu" in inspect.getsource(Linear4bit.forward)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_quantised_base_takes_the_same_adapter(folder, cpu, bits, checkpointing):
+def test_a_quantized_base_takes_the_same_adapter(folder, cpu, bits, checkpointing):
     wanted = settings(folder, quantization=bits, checkpointing=checkpointing)
     flat, manifest = initial_adapter(wanted, seed=1)
     model = attach_adapter(load_base(wanted, cpu), wanted)

@@ -12,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from app.cards.tokens import Example
 from app.errors import AppError
 from app.training import loop
+from app.training.attention import PACKED_ATTENTION
 from app.training.device import Precision
 from app.training.loop import holdout_loss, step_batches, train
-from app.training.packing import PACKED_ATTENTION, _packed_attention, labelled_tokens, pack
+from app.training.packing import labelled_tokens, pack
 
 VOCABULARY = 61
 CPU = torch.device("cpu")
@@ -88,17 +89,17 @@ def gradients(model):
     return found
 
 
-def packed_loss_and_gradients(model, examples, most_tokens, pass_tokens=0):
+def packed_loss_and_gradients(model, examples, max_tokens, prefix_pass_cost=0):
     with loop._ready(model, training=True) as network:
-        loss = loop._backward(network, pack(examples, most_tokens, pass_tokens, CPU))
+        loss = loop._backward(network, pack(examples, max_tokens, prefix_pass_cost, CPU))
     return loss, gradients(model)
 
 
-def assert_same_as_padded(model, examples, most_tokens, pass_tokens=0):
+def assert_same_as_padded(model, examples, max_tokens, prefix_pass_cost=0):
     reference = padded_loss(model, examples)
     reference.backward()
     expected = gradients(model)
-    loss, found = packed_loss_and_gradients(model, examples, most_tokens, pass_tokens)
+    loss, found = packed_loss_and_gradients(model, examples, max_tokens, prefix_pass_cost)
     assert abs(loss - reference.item()) < 1e-9
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -111,65 +112,65 @@ CARD = st.integers(2, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(0,
 
 @given(
     shapes=st.lists(CARD, max_size=6),
-    most_tokens=st.integers(1, 120),
+    max_tokens=st.integers(1, 120),
     logit_rows=st.integers(1, 40),
 )
 @settings(max_examples=20, deadline=None)
-def test_packs_give_the_loss_and_every_gradient_of_the_padded_batch(
-    shapes, most_tokens, logit_rows
+def test_packed_batches_give_the_loss_and_every_gradient_of_the_padded_batch(
+    shapes, max_tokens, logit_rows
 ):
     # A card of two tokens alone has no gradient at q, which has nothing to choose from.
     examples = [Example(tuple(range(9)), 3), *(card(*shape) for shape in shapes)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "LOGIT_ROWS", {"cpu": logit_rows})
-        assert_same_as_padded(DOUBLE, examples, most_tokens)
+        assert_same_as_padded(DOUBLE, examples, max_tokens)
 
 
-def alike(opening, *tails):
-    """Cards that begin with the same tokens; a tail is (question, answer), in tokens."""
+def sharing(prefix, *tails):
+    """Cards that share a prefix; a tail is (question, answer), in tokens."""
     return [
-        Example((*opening, *question, *answer), len(opening) + len(question))
+        Example((*prefix, *question, *answer), len(prefix) + len(question))
         for question, answer in tails
     ]
 
 
-PLAIN = alike(
+PLAIN = sharing(
     range(8), ([20, 21], [1, 2, 3]), ([22], [4]), ([23, 20, 5], [6, 7, 8, 9]), ([24], [3, 3])
 )
-EXAM = alike(range(30, 45), ([1, 2], [50]), ([3], [51]), ([4, 4, 4], [50]))
+EXAM = sharing(range(30, 45), ([1, 2], [50]), ([3], [51]), ([4, 4, 4], [50]))
 
 
 @pytest.mark.parametrize(
-    ("examples", "openings"),
+    ("examples", "prefixes"),
     [
         pytest.param(PLAIN, [8], id="one kind"),
         pytest.param([card for pair in zip(PLAIN, EXAM, strict=False) for card in pair],
                      [8, 15], id="two kinds, mixed"),
         pytest.param(SOME_CARDS, [0], id="nothing in common"),
         pytest.param([*PLAIN, SOME_CARDS[1]], [8, 0], id="a stranger among them"),
-        pytest.param(alike(range(9), *[((), [n, 5, n]) for n in range(4)]), [8],
+        pytest.param(sharing(range(9), *[((), [n, 5, n]) for n in range(4)]), [8],
                      id="one prompt: its last token predicts"),
-        pytest.param(alike(range(9), ((), [9, 10, 11]), ((), range(9, 20)), ([9, 10], [11])), [8],
+        pytest.param(sharing(range(9), ((), [9, 10, 11]), ((), range(9, 20)), ([9, 10], [11])), [8],
                      id="a card that begins another"),
         pytest.param([PLAIN[0]] * 3, [9], id="the same card"),
         pytest.param([*PLAIN, Example(tuple(range(12)), 0)], [8, 0], id="no prompt"),
         pytest.param(
-            alike(range(6), *[((7, *range(10, 20), n), [1, n]) for n in range(3)],
+            sharing(range(6), *[((7, *range(10, 20), n), [1, n]) for n in range(3)],
                   *[((8, *range(20, 30), n), [n, 2]) for n in range(3)]),
             [17, 17], id="kinds within a kind",
         ),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_cards_that_begin_alike_give_the_padded_batch_s_loss_and_gradients(
-    examples, openings, checkpointing
+def test_cards_that_share_a_prefix_give_the_padded_batch_s_loss_and_gradients(
+    examples, prefixes, checkpointing
 ):
-    families = pack(examples, 30, 0, CPU)
-    assert sorted(one.opening.shape[1] for one in families) == sorted(openings)
+    groups = pack(examples, 30, 0, CPU)
+    assert sorted(group.prefix.shape[1] for group in groups) == sorted(prefixes)
     model = tiny_model()
     if checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    assert_same_as_padded(model, examples, most_tokens=30)
+    assert_same_as_padded(model, examples, max_tokens=30)
 
 
 TOKEN = st.integers(0, 3)  # so few that cards begin alike by chance, to any depth
@@ -180,36 +181,38 @@ RANDOM_CARD = TOKENS.flatmap(
 RANDOM_CARDS = st.lists(RANDOM_CARD, max_size=8)
 
 
-@given(examples=RANDOM_CARDS, most_tokens=st.integers(1, 40), pass_tokens=st.integers(0, 12))
+@given(examples=RANDOM_CARDS, max_tokens=st.integers(1, 40), prefix_pass_cost=st.integers(0, 12))
 @settings(max_examples=25, deadline=None)
-def test_whatever_cards_share_the_loss_and_every_gradient_stay(examples, most_tokens, pass_tokens):
+def test_whatever_cards_share_the_loss_and_every_gradient_stay(
+    examples, max_tokens, prefix_pass_cost
+):
     examples = [Example(tuple(range(9)), 3), *examples]
-    assert_same_as_padded(DOUBLE, examples, most_tokens, pass_tokens)
+    assert_same_as_padded(DOUBLE, examples, max_tokens, prefix_pass_cost)
 
 
-@given(examples=RANDOM_CARDS, most_tokens=st.integers(1, 40), pass_tokens=st.integers(0, 12))
-def test_openings_and_packs_hold_every_card_and_save_what_they_cost(
-    examples, most_tokens, pass_tokens
+@given(examples=RANDOM_CARDS, max_tokens=st.integers(1, 40), prefix_pass_cost=st.integers(0, 12))
+def test_prefixes_and_batches_hold_every_card_and_save_what_they_cost(
+    examples, max_tokens, prefix_pass_cost
 ):
     found, run, passes = [], 0, 0
-    for family in pack(examples, most_tokens, pass_tokens, CPU):
-        opening = family.opening[0].tolist()
-        run += len(opening)
-        passes += bool(opening)
-        for one in family.packs:
-            run += one.input_ids.shape[1]
-            alone = len(one.lengths) == 1
-            assert alone or len(opening) + one.input_ids.shape[1] <= most_tokens
+    for group in pack(examples, max_tokens, prefix_pass_cost, CPU):
+        prefix = group.prefix[0].tolist()
+        run += len(prefix)
+        passes += bool(prefix)
+        for batch in group.batches:
+            run += batch.input_ids.shape[1]
+            alone = len(batch.lengths) == 1
+            assert alone or len(prefix) + batch.input_ids.shape[1] <= max_tokens
             for ids, positions in zip(
-                one.input_ids[0].split(one.lengths),
-                one.position_ids[0].split(one.lengths),
+                batch.input_ids[0].split(batch.lengths),
+                batch.position_ids[0].split(batch.lengths),
                 strict=True,
             ):
-                found.append((*opening, *ids.tolist()))
-                assert positions.tolist() == list(range(len(opening), len(found[-1])))
+                found.append((*prefix, *ids.tolist()))
+                assert positions.tolist() == list(range(len(prefix), len(found[-1])))
     labelled = [card.input_ids[:-1] for card in examples if labelled_tokens(card)]
     assert sorted(found) == sorted(labelled)
-    assert run + passes * pass_tokens <= sum(map(len, labelled))
+    assert run + passes * prefix_pass_cost <= sum(map(len, labelled))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -221,14 +224,16 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         assert torch.equal(found[name], gradient), name
 
 
-def test_a_card_s_neighbours_in_a_pack_do_not_change_its_loss():
+def test_a_card_s_neighbours_in_a_batch_do_not_change_its_loss():
     model = DOUBLE
     alone = [holdout_loss(model, [card]) * labelled_tokens(card) for card in SOME_CARDS]
     together = holdout_loss(model, SOME_CARDS) * sum(map(labelled_tokens, SOME_CARDS))
     assert abs(sum(alone) - together) < 1e-9
 
 
-@pytest.mark.parametrize("examples", [SOME_CARDS, PLAIN * 4 + EXAM * 4], ids=["strangers", "alike"])
+@pytest.mark.parametrize(
+    "examples", [SOME_CARDS, PLAIN * 4 + EXAM * 4], ids=["nothing in common", "shared prefixes"]
+)
 def test_the_held_out_loss_is_the_padded_loss_and_leaves_no_gradient(examples):
     model = tiny_model(dropout=0.5)
     expected = padded_loss(model.eval(), examples).item()
@@ -238,18 +243,17 @@ def test_the_held_out_loss_is_the_padded_loss_and_leaves_no_gradient(examples):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_packs_hold_every_labelled_card_once_and_no_more_tokens_than_asked():
-    [family] = pack(SOME_CARDS, 35, 0, CPU)
-    packs = family.packs
-    lengths = sorted(length for one in packs for length in one.lengths)
+def test_batches_hold_every_labelled_card_once_and_no_more_tokens_than_asked():
+    [group] = pack(SOME_CARDS, 35, 0, CPU)
+    lengths = sorted(length for batch in group.batches for length in batch.lengths)
     assert lengths == sorted(len(card.input_ids) - 1 for card in SOME_CARDS)
-    assert all(one.input_ids.shape[1] <= 35 for one in packs)
-    assert max(packs[0].lengths) == lengths[-1], "the hungriest pack comes first"
+    assert all(batch.input_ids.shape[1] <= 35 for batch in group.batches)
+    assert max(group.batches[0].lengths) == lengths[-1], "peak memory comes first"
 
 
-def test_a_card_longer_than_a_pack_goes_alone_and_one_without_an_answer_stays_out():
-    [family] = pack(cards([30, 9, 8], [3, 9, 2]), 10, 0, CPU)
-    assert [one.lengths for one in family.packs] == [(29,), (7,)]
+def test_a_card_longer_than_a_batch_goes_alone_and_one_without_an_answer_stays_out():
+    [group] = pack(cards([30, 9, 8], [3, 9, 2]), 10, 0, CPU)
+    assert [batch.lengths for batch in group.batches] == [(29,), (7,)]
 
 
 def hugging_face_trainer(model, examples, folder, *, steps, batch_size, accumulation, rate, seed):
@@ -300,11 +304,13 @@ ODD_LAST_BATCH = cards([9, 30, 14, 22, 5, 17, 12], [4, 11, 6, 20, 2, 3, 1])
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("examples", [ODD_LAST_BATCH, PLAIN + EXAM], ids=["strangers", "alike"])
+@pytest.mark.parametrize(
+    "examples", [ODD_LAST_BATCH, PLAIN + EXAM], ids=["nothing in common", "shared prefixes"]
+)
 def test_training_follows_hugging_face_s_trainer_step_by_step(
     tmp_path, monkeypatch, accumulation, examples
 ):
-    monkeypatch.setattr(loop, "PASS_TOKENS", {"cpu": 0})
+    monkeypatch.setattr(loop, "PREFIX_PASS_COST", {"cpu": 0})
     stock, ours = tiny_model(torch.float32), tiny_model(torch.float32)
     choices = {"steps": 6, "batch_size": 2}
     trainer = hugging_face_trainer(
@@ -457,13 +463,3 @@ def test_a_head_that_is_more_than_a_linear_map_is_refused():
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(AppError, match="found final_logit_softcapping"):
         run(model)
-
-
-def test_the_attention_window_counts_the_opening_too():
-    layer = torch.nn.Module()
-    query, key, value = torch.zeros(3, 1, 2, 4, 8)
-    opening = {layer: (key[:, :, :3], value[:, :, :3])}
-    choices = {"packed_lengths": (4,), "opening": opening}
-    _packed_attention(layer, query, key, value, None, sliding_window=7, **choices)
-    with pytest.raises(AppError, match="window of 6 tokens, found one of 7"):
-        _packed_attention(layer, query, key, value, None, sliding_window=6, **choices)
