@@ -1,8 +1,13 @@
-"""The run config: the leaderboard template's keys, parsed once into typed, checked values."""
+"""The run config: the leaderboard template's keys, parsed once into typed, checked values.
+
+Dataclasses and not pydantic's models: those took as many lines (flat keys to nested settings, one
+line an error, no false for a 0), and one more library in the code that every hospital approves.
+"""
 
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -11,11 +16,21 @@ from typing import Any, TypeVar, get_type_hints
 from app.errors import AppError
 
 _T = TypeVar("_T")
+_log = logging.getLogger("flwr")  # Flower's own: it reaches `flwr log`
 
 # Flower's strategies that can be named, each with the fewest replies it makes sense of: a median
 # of two is their mean, a trimmed mean (a fifth off each end) trims from five on, and Krum bears
 # one bad reply among 2 * 1 + 3.
 STRATEGIES = {"FedAvg": 1, "FedMedian": 3, "FedTrimmedAvg": 5, "Krum": 5}
+
+# Former names of settings: taken, with a warning, until version RENAMED_UNTIL. pyproject.toml holds
+# each one as "" (not given), because a SuperLink refuses every name that does not stand there.
+RENAMED = {
+    "rounds.silence-s": "rounds.heartbeat-timeout-s",
+    "rounds.pause-s": "rounds.max-wait-s",
+    "replies.set-aside-after": "replies.quarantine-after",
+}
+RENAMED_UNTIL = "0.2.0"
 
 
 def _setting(key: str, expected: str, valid: Callable[[Any], bool]) -> Any:
@@ -157,17 +172,17 @@ class RoundSettings:
         lambda v: v >= 0,
     )
     deadline_s: float = _setting("rounds.deadline-s", "seconds above 0", _positive)
-    silence_s: float = _setting(
-        "rounds.silence-s",
-        "seconds without a sign of life after which a SuperNode at work counts as lost, from 5 "
-        "(medfed's give one every 3 s; Flower's own every 20 s)",
+    heartbeat_timeout_s: float = _setting(
+        "rounds.heartbeat-timeout-s",
+        "seconds without a heartbeat after which a SuperNode at work counts as lost, from 5 "
+        "(medfed's send one every 3 s; Flower's own every 20 s)",
         lambda v: v >= 5,
     )
     retries: int = _setting(
         "rounds.retries", "times a round is tried again at once, from 0", lambda v: v >= 0
     )
-    pause_s: float = _setting(
-        "rounds.pause-s",
+    max_wait_s: float = _setting(
+        "rounds.max-wait-s",
         "seconds from 0 that a run waits for institutions after that, before it ends",
         lambda v: v >= 0,
     )
@@ -190,8 +205,8 @@ class ReplySettings:
         "a number above 1: how much larger an update may be than the median of the last ones",
         lambda v: v > 1,
     )
-    set_aside_after: int = _setting(
-        "replies.set-aside-after",
+    quarantine_after: int = _setting(
+        "replies.quarantine-after",
         "bad replies above 0 after which an institution is asked no more",
         _positive,
     )
@@ -239,14 +254,15 @@ class RunConfig:
         Raises:
             AppError: naming the key, what was expected and what was found.
         """
-        unknown = sorted(set(run_config) - set(keys()))
+        values = current_names(run_config)
+        unknown = sorted(set(values) - set(keys()))
         if unknown:
             close = difflib.get_close_matches(unknown[0], keys(), n=1)
             raise AppError(
                 f"{unknown[0]}: unknown setting",
                 f"did you mean {close[0]}?" if close else "docs/reference.md lists every setting",
             )
-        return _build(cls, run_config)
+        return _build(cls, values)
 
     def flat(self) -> dict[str, Any]:
         """What ``parse`` would read this config from: every key with its value."""
@@ -285,6 +301,27 @@ def keys(cls: type = RunConfig) -> list[str]:
     hints = get_type_hints(cls)
     for item in fields(cls):
         found += [item.metadata["key"]] if item.metadata else keys(hints[item.name])
+    return found
+
+
+def current_names(
+    values: Mapping[str, Any], warn: Callable[[str], object] = _log.warning
+) -> dict[str, Any]:
+    """``values`` under the settings' current names.
+
+    A value under a former name replaces the one under the current name: in the flat config that
+    Flower hands over, an operator's own value cannot be told from pyproject.toml's default.
+
+    Args:
+        values: flat; a former name whose value is "" is not given.
+        warn: called with one line for each former name that is given.
+    """
+    found = {key: value for key, value in values.items() if key not in RENAMED}
+    for old, new in RENAMED.items():
+        if (value := values.get(old, "")) != "":
+            warn(f"{old} is now {new}, which gets its value ({value!r}); the old name goes in "
+                 f"version {RENAMED_UNTIL}")  # fmt: skip
+            found[new] = value
     return found
 
 

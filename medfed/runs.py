@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from app.config import RENAMED, current_names
 from medfed.errors import MedfedError
 from medfed.paths import Home
 from medfed.records import Record, find
@@ -70,18 +71,20 @@ def run(
         resume: the id of a run to go on with, with its own settings.
 
     Raises:
-        RunError: a setting that the app has not; or the run failed or was stopped, and the message
-            is the ServerApp's own.
+        RunError: a setting that the app has not, or that is given twice; or the run failed or was
+            stopped, and the message is the ServerApp's own.
     """
     from compat.fab import build_fab_from_disk
     from medfed.follow import RoundsView, events
 
     defaults = default_config()
     _check_names(overrides, defaults)
+    overrides = current_names(overrides, lambda line: console.print(line, soft_wrap=True))
     ended = 0
     if resume:
         earlier = _unfinished(home, resume)
-        overrides = {**earlier.config, **overrides, "resume-run": earlier.folder.resolve().name}
+        config = current_names(earlier.config, warn=lambda _: None)
+        overrides = {**config, **overrides, "resume-run": earlier.folder.resolve().name}
         ended = (earlier.folder / "events.jsonl").stat().st_size
     for other in control.runs():
         if not other.finished:
@@ -110,10 +113,17 @@ def _check_names(overrides: RunConfig, known: RunConfig) -> None:
     """Say which setting is none of the app's; a SuperLink would only say that one is.
 
     Raises:
-        RunError: naming it, and the setting that was probably meant.
+        RunError: naming it, and the setting that was probably meant; or one setting is given under
+            its former and its current name.
     """
     for name in overrides:
-        if name not in known:
+        if name in RENAMED:
+            if RENAMED[name] in overrides:
+                raise RunError(
+                    f"expected {name} or {RENAMED[name]}, found both",
+                    f"{name} is the former name of {RENAMED[name]}: leave it out",
+                )
+        elif name not in known:
             near = [one for one in known if one.endswith(f".{name}")]
             near = near or get_close_matches(name, known, n=1)
             raise RunError(
@@ -170,4 +180,4 @@ def default_config() -> dict[str, bool | float | int | str]:
     from compat.run_config import flatten_dict
 
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
-    return flatten_dict(project["tool"]["flwr"]["app"]["config"])
+    return current_names(flatten_dict(project["tool"]["flwr"]["app"]["config"]))

@@ -2,7 +2,8 @@
 
 The ``flwr`` command of Flower 1.41 verifies who it talks to, but cannot show a certificate of its
 own. So it talks to a port of this machine's loopback address, over TLS as well, and what arrives
-there goes on over a connection that shows the operator's certificate.
+there goes on over a connection that shows the operator's certificate. stunnel would do the same,
+but it is a system package, and an operator's laptop has Python and medfed.
 """
 
 from __future__ import annotations

@@ -6,18 +6,20 @@ A Compose file here is written by hand, except for its rendered blocks:
     ...
     # end
 
-What stands between the two lines is made from ``supernode/roster.toml``, so that the twenty
-services, their keys, partitions, CPU shares and GPU slices are never written twice. The result is
-committed, and a test fails when it differs from what the roster says.
+What stands between the two lines is made from ``supernode/roster.toml`` by the macro of that name
+in ``compose.j2``, so that the twenty services, their keys, partitions, CPU shares and GPU slices
+are never written twice. The result is committed, and a test fails when it differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from .errors import SuperNodeError
-from .roster import Roster, SuperNodeEntry
+from .roster import Roster
 
 FILES = ("docker-compose.yml", "docker-compose.gpu.yml", "docker-compose.gate.yml")
 
@@ -33,8 +35,16 @@ def render(text: str, roster: Roster) -> str:
         roster: the SuperNodes.
 
     Raises:
-        SuperNodeError: a block has an unknown name, or no end.
+        SuperNodeError: a block has an unknown name, or no end; or there are more SuperNodes than
+            networks for them.
     """
+    if len(roster.supernodes) > _MOST_NETWORKS:
+        raise SuperNodeError(
+            f"expected at most {_MOST_NETWORKS} SuperNodes on one machine, found "
+            f"{len(roster.supernodes)}",
+            "each has a network of its own; the others run elsewhere and come to MEDFED_FLEET",
+        )
+    blocks = _blocks(roster)
     lines: list[str] = []
     inside = ""
     for line in text.splitlines():
@@ -46,8 +56,14 @@ def render(text: str, roster: Roster) -> str:
         lines.append(line)
         if content.startswith(_BEGIN):
             inside = content.removeprefix(_BEGIN)
+            if inside not in blocks:
+                names = ", ".join(sorted(blocks))
+                raise SuperNodeError(
+                    f"expected a rendered block named {names}, found {inside!r}",
+                    "supernode/compose.j2 has a macro for each one",
+                )
             indent = line[: len(line) - len(line.lstrip())]
-            lines += [f"{indent}{made}".rstrip() for made in _block(inside)(roster)]
+            lines += [f"{indent}{made}".rstrip() for made in blocks[inside]().splitlines()]
     if inside:
         raise SuperNodeError(
             f"expected '{_END}' after '{_BEGIN}{inside}', found the end of the file",
@@ -80,124 +96,15 @@ def drift(root: Path, roster: Roster) -> dict[Path, str]:
     return different
 
 
-def _block(name: str) -> Callable[[Roster], Iterator[str]]:
-    try:
-        return _BLOCKS[name]
-    except KeyError:
-        raise SuperNodeError(
-            f"expected a rendered block named {', '.join(_BLOCKS)}, found {name!r}",
-            "supernode/compose.py says what each one holds",
-        ) from None
-
-
-def _institutions(roster: Roster) -> Iterator[str]:
-    yield "MEDFED_INSTITUTIONS: >-"
-    names = list(roster.names)
-    for start in range(0, len(names), 5):
-        last = start + 5 >= len(names)
-        yield "  " + ",".join(names[start : start + 5]) + ("" if last else ",")
-
-
-def _sites(roster: Roster) -> Iterator[str]:
-    for name in roster.names:
-        yield f"- {name}:/sites/{name}"
-
-
-def _healthy(roster: Roster) -> Iterator[str]:
-    for name in roster.names:
-        yield f"{name}: *healthy"
-
-
-def _gateway_networks(roster: Roster) -> Iterator[str]:
-    for name in roster.names:
-        yield f"{name}:"
-
-
-def _networks(roster: Roster) -> Iterator[str]:
-    if len(roster.supernodes) > _MOST_NETWORKS:
-        raise SuperNodeError(
-            f"expected at most {_MOST_NETWORKS} SuperNodes on one machine, found "
-            f"{len(roster.supernodes)}",
-            "each has a network of its own; the others run elsewhere and come to MEDFED_FLEET",
-        )
-    for position, name in enumerate(roster.names):
-        subnet = f"${{MEDFED_SUBNETS:-10.77}}.{position}.0/28"
-        yield f"{name}:"
-        yield "  internal: true"
-        yield "  driver_opts: *no-host"
-        yield f"  ipam: {{config: [{{subnet: '{subnet}'}}]}}"
-
-
-def _volumes(roster: Roster) -> Iterator[str]:
-    for name in roster.names:
-        yield f"{name}:"
-
-
-def _supernodes(roster: Roster) -> Iterator[str]:
-    for position, entry in enumerate(roster.supernodes):
-        if position:
-            yield ""
-        yield f"{entry.name}:"
-        yield "  <<: *supernode"
-        if not position:
-            # Compose builds an image once for every service that asks for it: one does.
-            yield "  build: *supernode-build"
-        yield f"  hostname: {entry.name}"
-        yield f"  cpus: {entry.cpus:g}"
-        yield f"  networks: [{entry.name}]"
-        yield f"  volumes: [*models, '{entry.name}:/site:ro']"
-        yield f"  command: {_command(entry)}"
-
-
-def _gpu_slices(roster: Roster) -> Iterator[str]:
-    for entry in roster.supernodes:
-        if entry.gpu is None:
-            continue
-        yield f"{entry.name}:"
-        yield f"  command: {_command(entry, '--gpu')}"
-        yield "  environment: *one-gpu"
-        yield "  deploy:"
-        yield "    resources:"
-        yield "      reservations:"
-        yield "        devices:"
-        yield "          - driver: nvidia"
-        yield "            capabilities: [gpu]"
-        yield f"            device_ids: ['{entry.gpu.device}']"
-
-
-def _gated(roster: Roster) -> Iterator[str]:
-    for name in roster.names:
-        yield f"{name}:"
-        yield "  entrypoint: *gated"
-        yield f"  volumes: ['{name}-gate:/gate:ro', '{name}-audit:/audit']"
-
-
-def _gate_sites(roster: Roster) -> Iterator[str]:
-    for name in roster.names:
-        yield f"- {name}-gate:/medfed/sites/{name}"
-        yield f"- {name}-audit:/medfed/sites/{name}/audit:ro"
-
-
-def _gate_volumes(roster: Roster) -> Iterator[str]:
-    for name in roster.names:
-        yield f"{name}-gate:"
-        yield f"{name}-audit:"
-
-
-def _command(entry: SuperNodeEntry, *more: str) -> str:
-    return f"[{', '.join(('--name', entry.name, f'--key=/site/{entry.name}.key', *more))}]"
-
-
-_BLOCKS: dict[str, Callable[[Roster], Iterator[str]]] = {
-    "institutions": _institutions,
-    "sites": _sites,
-    "healthy": _healthy,
-    "gateway-networks": _gateway_networks,
-    "networks": _networks,
-    "volumes": _volumes,
-    "supernodes": _supernodes,
-    "gpu-slices": _gpu_slices,
-    "gated": _gated,
-    "gate-sites": _gate_sites,
-    "gate-volumes": _gate_volumes,
-}
+def _blocks(roster: Roster) -> dict[str, Callable[[], str]]:
+    """What fills each block, by its name: the macros of ``compose.j2``."""
+    environment = Environment(  # noqa: S701 - YAML, not HTML; roster.py checks every name
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    module = environment.get_template("compose.j2").make_module({"roster": roster})
+    return {
+        name.replace("_", "-"): macro for name, macro in vars(module).items() if callable(macro)
+    }

@@ -4,7 +4,8 @@ The leaderboard counts the adapters' arrays. A hospital's network sees more: mes
 HTTP, TLS, heartbeats, questions. ``wire.jsonl`` has a line for each reply that left, with the bytes
 both ways since the line before, of everything in the TCP streams (not their packets' headers).
 
-Linux alone counts this (``TCP_INFO``, tcp(7)); elsewhere no line is written.
+Linux alone counts this (``TCP_INFO``, tcp(7)); elsewhere no line is written. No library does:
+psutil counts a machine's network, not a process's.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class RunContext:
     def recall(self, bad_replies: dict[str, int]) -> None:
         """Go on counting an earlier ServerApp's bad replies."""
         self.bad_replies = dict(bad_replies)
-        most = self.checks.set_aside_after
+        most = self.checks.quarantine_after
         self.strategy.quarantined = {name for name, bad in bad_replies.items() if bad >= most}
 
     def expect_no_more(self, message_id: str, number: int, name: str) -> None:
@@ -99,7 +99,7 @@ class Cohort:
         self._in_flight = run.ledger.in_flight(number)
         self._pending: dict[str, str] = {}  # message id → institution
         institutions = run.strategy.institutions
-        self._liveness = Liveness(institutions, run.settings.silence_s, run.clock)
+        self._liveness = Liveness(institutions, run.settings.heartbeat_timeout_s, run.clock)
         self.accepted: dict[str, Accepted] = {}
         known = self._in_flight.plan()
         self.plan = known or Plan(run.run_id)
@@ -236,7 +236,7 @@ class Cohort:
             run.bad_replies[name] = bad = run.bad_replies.get(name, 0) + 1
             log(WARNING, "[ROUND %d] %s: bad reply (its %d.): %s", self._number, name, bad, error)
             self._event("reply-rejected", name, reason=str(error), bad_replies=bad)
-            if bad >= run.checks.set_aside_after:
+            if bad >= run.checks.quarantine_after:
                 run.strategy.quarantined.add(name)
                 log(WARNING, "%s is quarantined after %d bad replies", name, bad)
                 self._event("quarantined", name, bad_replies=bad)

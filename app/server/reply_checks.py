@@ -79,9 +79,9 @@ class ReplyChecks:
         self.norms: deque[float] = deque(norms, maxlen=_RECENT)
 
     @property
-    def set_aside_after(self) -> int:
+    def quarantine_after(self) -> int:
         """Bad replies after which an institution is asked no more."""
-        return self._settings.set_aside_after
+        return self._settings.quarantine_after
 
     def check(self, content: RecordDict, before: FlatArray) -> Accepted:
         """Check one reply.

@@ -115,10 +115,10 @@ class Rounds:
         if not beyond:
             return
         pauses = [min(_FIRST_PAUSE_S * 2.0**n, _LONGEST_PAUSE_S) for n in range(beyond)]
-        if sum(pauses) > self._run.settings.pause_s:
+        if sum(pauses) > self._run.settings.max_wait_s:
             raise AppError(
                 f"round {number}: expected {self._run.settings.min_replies} usable replies within "
-                f"{self._run.settings.pause_s:g} s of waiting, found fewer ({reasons})",
+                f"{self._run.settings.max_wait_s:g} s of waiting, found fewer ({reasons})",
                 "the state is kept: medfed run --resume goes on once the institutions are back",
             )
         before, end = set(self._run.strategy.institutions.online()), self._run.clock() + pauses[-1]

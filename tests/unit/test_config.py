@@ -6,9 +6,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from flwr.common.config import flatten_dict
+from flwr.common.config import flatten_dict, fuse_dicts
+from packaging.version import Version
 
-from app.config import RunConfig, keys
+from app.config import RENAMED, RENAMED_UNTIL, RunConfig, current_names, keys
 from app.errors import AppError
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -39,7 +40,7 @@ def test_the_defaults_are_the_reference_entry(defaults):
 
 
 def test_every_setting_stands_in_pyproject_and_the_other_way_round(defaults):
-    assert sorted(defaults) == sorted(keys())
+    assert sorted(defaults) == sorted([*keys(), *RENAMED])
 
 
 def test_two_of_twenty_institutions_train_in_a_round(defaults):
@@ -99,3 +100,46 @@ def test_a_minimum_above_the_maximum_is_refused(defaults):
 
 def test_a_whole_number_does_for_a_number(defaults):
     assert RunConfig.parse({**defaults, "train.learning-rate-max": 1}).train.learning_rate_max == 1
+
+
+# --- settings that have another name now ---
+
+
+def test_a_superlink_takes_a_former_name_and_the_app_reads_it_as_the_current_one(defaults, caplog):
+    config = RunConfig.parse(fuse_dicts(defaults, {"rounds.silence-s": 20}, check_keys=True))
+    assert config.rounds.heartbeat_timeout_s == 20.0
+    (line,) = caplog.messages
+    assert "rounds.silence-s is now rounds.heartbeat-timeout-s" in line
+    assert f"goes in version {RENAMED_UNTIL}" in line
+
+
+@pytest.mark.parametrize(("old", "new"), list(RENAMED.items()))
+def test_each_former_name_leads_to_a_setting_of_today(defaults, old, new):
+    warnings = []
+    assert current_names({**defaults, old: 77}, warnings.append)[new] == 77
+    assert len(warnings) == 1
+    assert new in keys()
+    assert old not in keys()
+
+
+def test_without_former_names_nothing_is_warned_of(defaults):
+    warnings = []
+    found = current_names(defaults, warnings.append)
+    assert found == {key: value for key, value in defaults.items() if key not in RENAMED}
+    assert warnings == []
+
+
+def test_a_wrong_value_under_a_former_name_is_refused_under_the_current_one(defaults):
+    with pytest.raises(AppError, match=r"rounds\.max-wait-s: expected .*, found -1"):
+        RunConfig.parse({**defaults, "rounds.pause-s": -1})
+
+
+def test_a_run_is_recorded_under_the_current_names(defaults):
+    config = RunConfig.parse({**defaults, "replies.set-aside-after": 9})
+    assert config.flat()["replies.quarantine-after"] == 9
+    assert not set(config.flat()) & set(RENAMED)
+
+
+def test_former_names_are_gone_in_the_version_that_their_warning_names():
+    version = tomllib.loads(PYPROJECT.read_text())["project"]["version"]
+    assert not RENAMED or Version(version) < Version(RENAMED_UNTIL)

@@ -12,7 +12,7 @@ import pytest
 from flwr.common.config import flatten_dict
 from typer.main import get_command
 
-from app.config import RunConfig
+from app.config import RENAMED, RENAMED_UNTIL, RunConfig
 from medfed.cli import app as cli
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +43,12 @@ def test_every_setting_is_documented_with_default_and_range(key, expected):
     default = flatten_dict(config)[key]
     shown = str(default).lower() if isinstance(default, bool) else str(default) or "nothing"
     assert f"| `{key}` | `{shown}` | {expected} |" in REFERENCE
+
+
+@pytest.mark.parametrize(("old", "new"), list(RENAMED.items()))
+def test_every_former_name_of_a_setting_is_documented_until_it_goes(old, new):
+    assert f"| `{old}` | `{new}` |" in REFERENCE
+    assert f"until version {RENAMED_UNTIL}" in REFERENCE
 
 
 @pytest.mark.parametrize("verb", list(verbs()))

@@ -244,7 +244,7 @@ def silent(grid, name):
 
 def test_a_supernode_without_a_sign_of_life_costs_no_more_than_the_silence(tmp_path):
     dead, _, third = first_two(tmp_path)
-    run = Run(silent(FakeGrid(), dead), tmp_path, silence_s=10.0)
+    run = Run(silent(FakeGrid(), dead), tmp_path, heartbeat_timeout_s=10.0)
     assert seconds(run) <= 15.0
     assert run.who("institution-lost") == [dead]
     assert third in run.who("reply")
@@ -304,7 +304,7 @@ def test_nobody_is_silent_in_a_simulation_which_has_no_heartbeats(tmp_path):
 
 def test_a_round_asks_no_more_replacements_than_it_may(tmp_path):
     grid = FakeGrid(train=lambda n, m: error(m, RAISED))
-    run = Run(grid, tmp_path, replacements=3, retries=0, pause_s=0.0)
+    run = Run(grid, tmp_path, replacements=3, retries=0, max_wait_s=0.0)
     with pytest.raises(AppError):
         run.round()
     assert len(grid.asked) == 2 + 3
@@ -377,7 +377,7 @@ def test_a_run_without_institutions_pauses_and_goes_on_when_they_are_back(tmp_pa
 
 def test_a_pause_that_is_too_long_ends_the_run_and_says_how_to_go_on(tmp_path):
     grid = FakeGrid(NAMES[:2], train=lambda n, m: error(m, RAISED, "no cards"))
-    run = Run(grid, tmp_path, pause_s=600.0)
+    run = Run(grid, tmp_path, max_wait_s=600.0)
     with pytest.raises(AppError, match="no cards") as caught:
         run.round()
     assert "medfed run --resume" in caught.value.hint
@@ -389,7 +389,7 @@ def test_a_run_pauses_as_long_as_it_says_and_as_long_again_when_it_is_resumed(tm
     for run_id in (1, 2):
         begun = grid.clock.now
         with pytest.raises(AppError):
-            Run(grid, tmp_path, run_id=run_id, pause_s=7200.0).round()
+            Run(grid, tmp_path, run_id=run_id, max_wait_s=7200.0).round()
         assert 6900.0 <= grid.clock.now - begun <= 7200.0
 
 
@@ -425,7 +425,7 @@ def test_after_so_many_bad_replies_an_institution_is_quarantined(tmp_path):
     run = Run(grid, tmp_path)
     for number in range(1, 21):
         run.round(number)
-    assert run.who("reply-rejected") == [liar] * CONFIG.replies.set_aside_after
+    assert run.who("reply-rejected") == [liar] * CONFIG.replies.quarantine_after
     assert run.who("quarantined") == [liar]
 
 
@@ -518,7 +518,7 @@ def test_who_gave_a_sign_to_this_coordinator_is_not_waited_for_longer(tmp_path):
     grid, asked = died_in_a_round(tmp_path)
     grid.nodes[asked[1]].activated = "2026-01-02T00:00:00"
     grid.at(8.0, lambda: setattr(grid.nodes[asked[0]], "silent_since", grid.clock.now))
-    run = Run(grid, tmp_path, silence_s=10.0)
+    run = Run(grid, tmp_path, heartbeat_timeout_s=10.0)
     assert seconds(run) <= 8.0 + 15.0
     assert asked[0] not in run.who("reply")
 

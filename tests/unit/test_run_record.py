@@ -67,7 +67,7 @@ def test_another_run_cannot_go_on_with_this_one(key, value):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("rounds.deadline-s", 60), ("replies.set-aside-after", 9), ("strategy.wait-for-nodes-s", 5)],
+    [("rounds.deadline-s", 60), ("replies.quarantine-after", 9), ("strategy.wait-for-nodes-s", 5)],
 )
 def test_how_long_it_waits_may_change_on_the_way(key, value):
     RunRecord.open(7, config())

@@ -129,6 +129,33 @@ def test_a_setting_that_the_app_has_not_is_named_before_anything_starts(home, se
     assert control.overrides is None
 
 
+def test_a_former_name_of_a_setting_is_sent_as_the_current_one_with_a_warning(home):
+    control, console = FakeControl(home, FINISHED), Console(file=io.StringIO())
+    runs.run(control, home, {"rounds.silence-s": 20}, console)
+    assert control.overrides == {"rounds.heartbeat-timeout-s": 20}
+    assert "rounds.silence-s is now rounds.heartbeat-timeout-s" in console.file.getvalue()
+
+
+def test_one_setting_under_both_its_names_is_refused_before_anything_starts(home):
+    control = FakeControl(home, FINISHED)
+    both = {"rounds.silence-s": 20, "rounds.heartbeat-timeout-s": 30}
+    with pytest.raises(runs.RunError, match=r"rounds\.silence-s or .*, found both"):
+        runs.run(control, home, both, Console(file=io.StringIO()))
+    assert control.overrides is None
+
+
+def test_a_run_from_before_a_setting_had_its_current_name_goes_on(home):
+    folder = cut_short(home)
+    config = json.loads((folder / "config.json").read_text())
+    config["rounds.silence-s"] = config.pop("rounds.heartbeat-timeout-s") + 7
+    (folder / "config.json").write_text(json.dumps(config))
+    control = FakeControl(home, FINISHED)
+    _, shown = start(control, home, resume="7")
+    assert control.overrides["rounds.heartbeat-timeout-s"] == config["rounds.silence-s"]
+    assert "rounds.silence-s" not in control.overrides
+    assert "is now" not in shown, "nobody gave the former name in this command"
+
+
 def test_runs_that_go_on_at_the_same_time_are_named(home):
     control = FakeControl(home, FINISHED)
     control.others = [

@@ -11,6 +11,7 @@ import pytest
 from flwr.common.config import flatten_dict
 from typer.testing import CliRunner
 
+from app.config import current_names
 from app.digests import app_digest
 from app.server.communication import BUDGET_MB, MB
 from medfed import records
@@ -97,7 +98,7 @@ def test_a_good_run_is_packed_whole(case, tmp_path):
     assert "parity.json" not in names
     assert "| **30.00** |" in readme
     assert cost.startswith("Communication budget: used ")
-    settings = flatten_dict(config["tool"]["flwr"]["app"]["config"])
+    settings = current_names(flatten_dict(config["tool"]["flwr"]["app"]["config"]))
     assert settings == json.loads((case.home.runs / "7" / "config.json").read_text())
 
 
