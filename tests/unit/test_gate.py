@@ -18,7 +18,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.run import RunNotRunningException
 
-from compat import digests, hooks, site_gate
+from compat import hooks, site_gate
 from compat.digests import differences
 from supernode.__main__ import main
 from supernode.errors import SuperNodeError
@@ -301,7 +301,6 @@ def site(tmp_path: Path) -> Site:
 
 @pytest.fixture
 def flower(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    monkeypatch.setattr(digests, "_originals", {})
     from flwr.supernode import start_client_internal
 
     monkeypatch.setattr(
