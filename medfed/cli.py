@@ -5,7 +5,10 @@ Start-up imports nothing heavy: every verb imports what it needs when it is call
 
 from __future__ import annotations
 
+import platform
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import click
 import typer
@@ -32,7 +35,6 @@ from medfed.commands import (
 
 app = typer.Typer(
     name="medfed",
-    help="A federation of hospitals that fine-tunes a language model; their data stays with them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,6 +60,23 @@ app.command("report")(report.report)
 app.command("submit")(submit.submit)
 app.command("evaluate")(evaluate.evaluate)
 app.command("score")(evaluate.score)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        versions = (f"{name} {metadata.version(name)}" for name in ("medfed", "flwr"))
+        print(f"{', '.join(versions)}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the versions."),
+    ] = False,
+) -> None:
+    """A federation of hospitals that fine-tunes a language model; their data stays with them."""
 
 
 def main() -> None:

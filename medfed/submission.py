@@ -366,7 +366,7 @@ Communication: {used:.2f} MB of {BUDGET_MB:,} MB (`comm_cost.txt`).
 Run it again:
 
 ```shell
-pip install -r requirements/runtime.txt
+sh requirements/install.sh python runtime
 flwr run . local-simulation
 ```
 """
