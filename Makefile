@@ -16,7 +16,7 @@ OLDEST := .venv-flower-1.41
 # What must hold on the oldest supported Flower too: all but what is about weights.
 OLDEST_SUBSET := tests/unit tests/property tests/e2e/test_processes.py -m "not weights"
 
-PACKAGES := app compat superlink supernode certs embedded evaluation medfed
+PACKAGES := app common compat superlink supernode certs embedded evaluation medfed
 
 .PHONY: setup setup-oldest requirements demo test test-oldest lint audit sbom bench wheelhouse clean
 

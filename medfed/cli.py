@@ -13,6 +13,7 @@ from typing import Annotated
 import click
 import typer
 
+from common.errors import tell
 from medfed.commands import (
     certs,
     communication,
@@ -92,14 +93,9 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        hint = getattr(error, "hint", None)
-        if hint is None:
+        if not hasattr(error, "hint"):
             raise
-        message = str(error.args[0]) if error.args else str(error)
-        print(f"error: {message}", file=sys.stderr)
-        if hint:
-            print(f"hint: {hint}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(tell(error))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from medfed.errors import MedfedError
+from common.errors import MedfedError
 
 _CA_IN_SUPERLINK = "superlink:/medfed/certs/ca.crt"
 

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from flwr.app import Error, Message
 from flwr.common import log
 
+from common.errors import SuperNodeError
 from compat import site_gate
 from compat.digests import SUPPORTED
 from compat.fab import fab_metadata
@@ -36,7 +37,6 @@ from compat.messages import (
 )
 from compat.site_gate import Connection
 
-from ..errors import SuperNodeError
 from .audit import AuditLog
 from .policy import Policy
 from .policy import load as load_policy

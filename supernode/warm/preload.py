@@ -31,7 +31,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import SuperNodeError
+from common.errors import SuperNodeError
 
 log = logging.getLogger("supernode.warm")
 

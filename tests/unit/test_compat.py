@@ -16,7 +16,17 @@ from compat.digests import SUPPORTED, differences, digest, replace
 
 ROOT = Path(__file__).parents[2]
 HOOKS = [hooks._load(name) for side in ("superlink", "supernode") for name in hooks._MODULES[side]]
-ROOMS = ("app", "certs", "superlink", "supernode", "embedded", "evaluation", "medfed", "benchmarks")
+ROOMS = (
+    "app",
+    "certs",
+    "common",
+    "superlink",
+    "supernode",
+    "embedded",
+    "evaluation",
+    "medfed",
+    "benchmarks",
+)
 # What Flower documents, by ``__all__``.
 PUBLIC = ("flwr", "flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy",
           "flwr.simulation", "flwr.common")  # fmt: skip

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from common.errors import SuperNodeError
 from medfed.commands.compose import app
 from supernode import compose
-from supernode.errors import SuperNodeError
 from supernode.roster import GpuSlice, Roster, SuperNodeEntry, load
 
 ROOT = Path(__file__).resolve().parents[2]

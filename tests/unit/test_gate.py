@@ -18,10 +18,10 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.run import RunNotRunningException
 
+from common.errors import SuperNodeError
 from compat import hooks, site_gate
 from compat.digests import differences
 from supernode.__main__ import main
-from supernode.errors import SuperNodeError
 from supernode.gate import audit, policy
 from supernode.gate import gate as hook
 from supernode.gate.site import Site
