@@ -31,6 +31,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from compat import clientapp
+
 from ..errors import SuperNodeError
 
 log = logging.getLogger("supernode.warm")
@@ -45,9 +47,8 @@ IMPORTS = (
     "datasets",
     "safetensors.torch",
     "bitsandbytes",
-    "flwr.supernode.cli",
     "flwr.clientapp",
-    "flwr.supernode.runtime.run_clientapp",
+    *clientapp.MODULES,
 )
 
 # Read by libraries when they are imported. A fork keeps only the thread that called it, so no
