@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from compat import digests
 from tests.e2e.compose_project import (
     FEDERATION,
     NAMES,
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("containers"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def no_hook_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test has replaced in Flower is not remembered in the next, which has it back."""
+    monkeypatch.setattr(digests, "_originals", {})
 
 
 @pytest.fixture(scope="session")

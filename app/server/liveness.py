@@ -33,7 +33,7 @@ class Liveness:
     Args:
         institutions: tells when each heartbeat expires; a simulation has no heartbeats, so there
             nobody is ever lost.
-        silence_s: seconds without a heartbeat after which an institution counts as lost; one that
+        timeout_s: seconds without a heartbeat after which an institution counts as lost; one that
             ``watch`` was never called for has at least ``RETURN_S`` for its first.
         clock: monotonic seconds.
     """
@@ -41,11 +41,11 @@ class Liveness:
     def __init__(
         self,
         institutions: Institutions,
-        silence_s: float,
+        timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._institutions = institutions
-        self._silence_s = silence_s
+        self._timeout_s = timeout_s
         self._clock = clock
         self._looked = clock()
         self._watched: dict[str, _Watched] = {}
@@ -72,12 +72,12 @@ class Liveness:
         for name in names:
             watched = self._watched.setdefault(name, _Watched(None, alive=False))
             presence = online.get(name)
-            patience_s = self._silence_s if watched.alive else max(RETURN_S, self._silence_s)
+            most_s = self._timeout_s if watched.alive else max(RETURN_S, self._timeout_s)
             # Time in which this process did not look (a suspended machine) counts for nobody.
             silent_s = watched.silent_s + min(elapsed, 2 * LOOK_S)
             if presence is None:
                 watched.silent_s = silent_s
-                if watched.alive or silent_s >= patience_s:
+                if watched.alive or silent_s >= most_s:
                     found[name] = "its SuperNode is offline"
             elif connected.get(name, presence.activated) != presence.activated:
                 found[name] = RESTARTED
@@ -85,7 +85,7 @@ class Liveness:
                 self.watch(name, presence)
             else:
                 watched.online_until, watched.silent_s = presence.online_until, silent_s
-                if silent_s >= patience_s:
+                if silent_s >= most_s:
                     found[name] = f"no heartbeat for {silent_s:.0f} s"
         return found
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from compat import digests, hooks
-from compat.digests import SUPPORTED, differences, digest, replace
+from compat import hooks
+from compat.digests import SUPPORTED, differences, digest, original, replace
 
 ROOT = Path(__file__).parents[2]
 HOOKS = [hooks._load(name) for side in ("superlink", "supernode") for name in hooks._MODULES[side]]
@@ -64,7 +64,7 @@ def test_a_digest_stands_beside_the_version_that_it_was_read_in():
     ]
     assert per_version
     for module, name, known in per_version:
-        assert digest(digests.original(module, name)) == known[installed]
+        assert digest(original(module, name)) == known[installed]
 
 
 @pytest.fixture
