@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import UserError
+from common.errors import UserError
 
 PRIVATE, PUBLIC = 0o600, 0o644
 

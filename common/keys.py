@@ -6,7 +6,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from .errors import UserError
+from common.errors import UserError
 
 _CURVES = "Flower takes keys on a NIST curve: ssh-keygen -t ecdsa -b 384"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# What it imports, the last of them when it is called.
+MODULES = ("flwr.supernode.cli", "flwr.supernode.runtime.run_clientapp")
+
 
 def run_clientapp() -> None:
     """Run ``flwr-clientapp`` on ``sys.argv``."""

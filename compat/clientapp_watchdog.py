@@ -13,7 +13,6 @@ Replaced: ``subprocess`` in ``subprocess_executor``, which then starts ClientApp
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from logging import WARNING
 from types import SimpleNamespace
 from typing import Any
 
+from . import superexec
 from .digests import replace
 from .hooks import Hook
 
@@ -104,7 +104,7 @@ class ClientAppWatchdog:
             self._ended(task, asked, f"could not be started: {error.strerror}")
             return None
         threading.Thread(
-            target=lambda: self._ended(task, asked, how_it_ended(process.wait())),
+            target=lambda: self._ended(task, asked, superexec.how_it_ended(process.wait())),
             name="clientapp-watchdog",
             daemon=True,
         ).start()
@@ -159,18 +159,6 @@ class ClientAppWatchdog:
             ):
                 state.delete_messages(message_ids=[about.message_id])
                 state.object_store.delete(about.message_id)
-
-
-def how_it_ended(status: int) -> str:
-    """What ``Popen.returncode`` means, in words."""
-    if status >= 0:
-        return f"exit status {status}"
-    try:
-        name = signal.Signals(-status).name
-    except ValueError:
-        name = f"signal {-status}"
-    hint = ", as when memory runs out" if -status == signal.SIGKILL else ""
-    return f"killed by {name}{hint}"
 
 
 class WholeReplies:

@@ -36,10 +36,10 @@ def differences(pins: Pins) -> list[str]:
     found = []
     for module, names in pins.items():
         for name, known in names.items():
-            function = _find(module, name)
+            function = original(module, name)
             if not callable(function):
                 found.append(f"expected {module}.{name}, found none")
-            elif digest(function) not in _all(known):
+            elif _digest_or_none(function) not in _all(known):
                 found.append(f"expected {module}.{name} as in {_versions()}, found it changed")
     return found
 
@@ -48,6 +48,13 @@ def digest(function: Callable[..., Any]) -> str:
     """The first 16 digits of the SHA-256 of a function's source, whatever is wrapped around it."""
     source = inspect.getsource(inspect.unwrap(function))
     return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def _digest_or_none(function: Callable[..., Any]) -> str | None:
+    try:
+        return digest(function)
+    except (OSError, TypeError):  # it has no source: it is compiled, or no function at all
+        return None
 
 
 def replace(module: str, name: str, stand_in: object) -> Any:
@@ -66,7 +73,8 @@ def replace(module: str, name: str, stand_in: object) -> Any:
     return before
 
 
-def _find(module: str, name: str) -> Any:
+def original(module: str, name: str) -> Any:
+    """A module's ``name`` as Flower has it, whatever a hook has put there; None: there is none."""
     if (module, name) in _originals:
         return _originals[module, name]
     try:

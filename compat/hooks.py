@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any, Literal
 
 from .digests import SUPPORTED, Pins, differences
@@ -34,7 +36,11 @@ class Hook:
 
     def differences(self) -> list[str]:
         """What in the installed Flower is not as this hook knows it, a line for each."""
-        return [*differences(self.pins), *self.check()]
+        found = differences(self.pins)
+        try:
+            return [*found, *self.check()]
+        except ImportError as error:
+            return [*found, _cannot_be_imported(error)]
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class Report:
 
 # In the order in which they are put in place.
 _MODULES: Mapping[Side, tuple[str, ...]] = {
-    "superlink": ("long_polling", "serverapp_watchdog", "replay_guard"),
+    "superlink": ("long_polling", "serverapp_watchdog", "certificate_renewal", "replay_guard"),
     "supernode": ("site_gate", "retry", "supernode_polling", "heartbeats", "clientapp_watchdog"),
 }
 
@@ -115,8 +121,29 @@ def report(*sides: Side) -> Report:
 
 
 def _load(module: str) -> Hook:
-    hook: Hook = import_module(f".{module}", __package__).HOOK
+    try:
+        hook: Hook = import_module(f".{module}", __package__).HOOK
+    except ImportError as error:
+        return _unusable(module, error)
     return hook
+
+
+def _unusable(module: str, error: ImportError) -> Hook:
+    """A hook whose file imports a name that the installed Flower does not have."""
+    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    title = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    reason = _cannot_be_imported(error)
+    return Hook(
+        name=module,
+        gives=title.removeprefix("Hook: ").rstrip("."),
+        without="this part is as in Flower",
+        pins={},
+        check=lambda: [reason],
+    )
+
+
+def _cannot_be_imported(error: ImportError) -> str:
+    return f"expected every name that it imports, found: {error}"
 
 
 def _states(side: Side, hooks: Iterable[Hook]) -> list[State]:

@@ -52,7 +52,7 @@ HOOK = Hook(
     },
 )
 LONGEST_WAIT_S = 8
-PATIENCE_S = 300.0
+GIVE_UP_AFTER_S = 300.0
 _CONNECT_S = 5.0
 # Refusals that say "not now"; everything below 500 that is not among them says "no".
 _NOT_NOW = (408, 425, 429)
@@ -61,7 +61,7 @@ Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")
 
 
-def passes(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether what went wrong may be over in a while."""
     if isinstance(error, httpx.HTTPStatusError):
         status = error.response.status_code
@@ -69,12 +69,12 @@ def passes(error: Exception) -> bool:
     return isinstance(error, httpx.HTTPError | OSError)
 
 
-def may_pass(_error: Exception) -> bool:
-    """Hope for the best, where the other way is the end of the SuperNode."""
+def always(_error: Exception) -> bool:
+    """Try again whatever went wrong, where the other way is the end of the SuperNode."""
     return True
 
 
-class Patience:
+class RetryPolicy:
     """Tries again, with waits that double up to ``LONGEST_WAIT_S`` and are cut at random.
 
     Args:
@@ -91,12 +91,12 @@ class Patience:
     ) -> None:
         self._sleep, self._clock, self._draw = sleep, clock, draw
 
-    def with_(
+    def retrying(
         self,
         what: str,
         function: Callable[Parameters, Answer],
-        seconds: float = PATIENCE_S,
-        hope: Callable[[Exception], bool] = passes,
+        seconds: float = GIVE_UP_AFTER_S,
+        retriable: Callable[[Exception], bool] = is_transient,
     ) -> Callable[Parameters, Answer]:
         """``function``, called again until it succeeds.
 
@@ -104,10 +104,10 @@ class Patience:
             what: it does, for the log.
             function: to call.
             seconds: after which its last exception is let out.
-            hope: whether an exception is one after which to try again.
+            retriable: whether an exception is one after which to try again.
         """
 
-        def patient(*arguments: Parameters.args, **options: Parameters.kwargs) -> Answer:
+        def retried(*arguments: Parameters.args, **options: Parameters.kwargs) -> Answer:
             from flwr.common import log
 
             began, wait, tries = self._clock(), 1.0, 0
@@ -117,7 +117,7 @@ class Patience:
                 except RunNotRunningException:
                     raise
                 except Exception as error:
-                    if not hope(error) or self._clock() - began >= seconds:
+                    if not retriable(error) or self._clock() - began >= seconds:
                         raise
                     pause = self._draw(wait / 2, wait)
                     log(WARNING, "Could not %s: %s; again in %.1f s", what, error, pause)
@@ -128,7 +128,7 @@ class Patience:
                         log(INFO, "Could %s after %d more attempts", what, tries)
                     return answer
 
-        return patient
+        return retried
 
 
 class Delivery:
@@ -175,22 +175,22 @@ class Delivery:
                     self._push_object(run_id, renewed, object_id, content)
 
 
-def around(connection: tuple[Any, ...], patience: Patience) -> tuple[Any, ...]:
-    """What Flower's ``http_request_response`` yields, with patience."""
+def with_retries(connection: tuple[Any, ...], policy: RetryPolicy) -> tuple[Any, ...]:
+    """What Flower's ``http_request_response`` yields, with every request under a retry policy."""
     node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
     delivery = Delivery(
-        patience.with_("hand over a reply", send),
-        patience.with_("hand over a part of a reply", push_object),
+        policy.retrying("hand over a reply", send),
+        policy.retrying("hand over a part of a reply", push_object),
     )
     return (
         node_id,
-        patience.with_("ask for messages", receive, float("inf"), may_pass),
+        policy.retrying("ask for messages", receive, float("inf"), always),
         delivery.send,
-        _or_drop_the_message(patience.with_("ask about a run", get_run)),
-        _or_drop_the_message(patience.with_("fetch an app", get_fab)),
-        patience.with_("fetch a part of a message", pull_object),
+        _or_drop_the_message(policy.retrying("ask about a run", get_run)),
+        _or_drop_the_message(policy.retrying("fetch an app", get_fab)),
+        policy.retrying("fetch a part of a message", pull_object),
         delivery.push_object,
-        patience.with_("confirm a message", confirm),
+        policy.retrying("confirm a message", confirm),
     )
 
 
@@ -212,7 +212,7 @@ def _or_drop_the_message(function: Callable[Parameters, Answer]) -> Callable[Par
 
 
 def install() -> None:
-    """Make the connection that this process is about to open a patient one."""
+    """Put the connection that this process is about to open under a retry policy."""
     replace(_RETRY, "MAX_RETRY_DELAY", LONGEST_WAIT_S)
     fleet: Any = import_module(_CONNECTION)
     stock: Any = fleet.FleetHttpClient
@@ -228,8 +228,8 @@ def install() -> None:
     connect = import_module(_WORKER).http_request_response
 
     @contextmanager
-    def connect_patiently(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...]]:
+    def connect_with_retries(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...]]:
         with connect(*arguments, **options) as connection:
-            yield around(connection, Patience())
+            yield with_retries(connection, RetryPolicy())
 
-    replace(_WORKER, "http_request_response", connect_patiently)
+    replace(_WORKER, "http_request_response", connect_with_retries)

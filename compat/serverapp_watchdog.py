@@ -21,7 +21,6 @@ else on the machine can take a run's task, which in Flower's default isolation a
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import threading
 import time
@@ -192,7 +191,7 @@ class ServerAppWatchdog:
 
     def _follow(self, process: subprocess.Popen[bytes], token: str) -> None:
         began = time.monotonic()
-        how = how_it_ended(process.wait())
+        how = superexec.how_it_ended(process.wait())
         self.ended(token, how, time.monotonic() - began)
 
     def ended(self, token: str, how: str, lived: float) -> None:
@@ -230,16 +229,6 @@ class ServerAppWatchdog:
             except Exception as error:  # noqa: BLE001  (whatever the database may say)
                 log(ERROR, "A run's ServerApp has ended and cannot be started again yet: %s", error)
                 self._wait(_DATABASE_RETRY_S)
-
-
-def how_it_ended(status: int) -> str:
-    """What ``Popen.returncode`` means, in words."""
-    if status >= 0:
-        return f"exit status {status}"
-    try:
-        return f"killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"killed by signal {-status}"
 
 
 def accept_between_server_apps() -> None:

@@ -47,6 +47,18 @@ def _run(arguments: dict[str, Any]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def how_it_ended(status: int) -> str:
+    """What the ``Popen.returncode`` of a process that it started means, in words."""
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    hint = ", as when memory runs out" if -status == signal.SIGKILL else ""
+    return f"killed by {name}{hint}"
+
+
 def secret_arguments() -> list[str]:
     """Arguments by which Flower's program takes tasks to be given to this process's SuperExec only.
 

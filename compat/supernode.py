@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from logging import INFO, WARNING
 
-from . import retry, supernode_polling
 from .hooks import report
 
 
@@ -23,12 +22,17 @@ def run_supernode(reply_left: Callable[[int], None] = lambda run_id: None) -> No
     log(INFO, "%s", found.summary())
     for warning in found.warnings():
         log(WARNING, "%s", warning)
-    if found.active(retry.HOOK.name):
+    # A hook's file is imported once it is known that Flower has what it imports.
+    if found.active("retry"):
+        from . import retry
+
         retry.install()
     own_isolation = any(argument.split("=")[0] == "--isolation" for argument in sys.argv)
     if own_isolation:
         log(WARNING, "supernode_polling is off: --isolation was given")
-    elif found.active(supernode_polling.HOOK.name):
+    elif found.active("supernode_polling"):
+        from . import supernode_polling
+
         sys.argv += supernode_polling.install(
             with_heartbeats=found.active("heartbeats"),
             with_watchdog=found.active("clientapp_watchdog"),

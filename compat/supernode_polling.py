@@ -27,7 +27,7 @@ from logging import ERROR, INFO
 from typing import Any
 
 from . import clientapp_watchdog, heartbeats, superexec
-from .digests import replace
+from .digests import original, replace
 from .hooks import Hook
 
 _WORKER = "flwr.supernode.start_client_internal"
@@ -40,7 +40,7 @@ def _modules_named_time() -> list[str]:
     return [
         f"expected {module} to import the module time"
         for module in (_WORKER, superexec.MODULE)
-        if getattr(import_module(module), "time", None) is not time
+        if original(module, "time") is not time
     ]
 
 

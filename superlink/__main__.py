@@ -59,11 +59,10 @@ def main(argv: list[str]) -> int:
     os.environ.update(environment(settings, os.environ, Path(sys.executable).parent))
     from compat.superlink import run_superlink
 
-    from . import renewal
+    from .renewal import keep_renewed
 
-    renewal.install(settings.certificate, settings.key)
     sys.argv = arguments(settings)
-    run_superlink()
+    run_superlink(lambda context: keep_renewed(context, settings.certificate, settings.key))
     return 0
 
 

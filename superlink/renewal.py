@@ -1,19 +1,17 @@
 """A renewed certificate takes effect while the SuperLink runs: no run is stopped for it.
 
-uvicorn, which Flower's SuperLink runs in, reads its certificate once. Here it is told, by its own
-option ``ssl_context_factory``, to use a TLS context that this module keeps: when the certificate's
-file has changed it is loaded into that context, and new connections are shown the new one. What
-does not load (a certificate without its key, half a hand-out) is said and left alone.
+Flower's SuperLink reads its certificate once. ``compat/certificate_renewal.py`` hands out the TLS
+context that it serves with: when the certificate's file has changed it is loaded into that context,
+and new connections are shown the new one. What does not load (a certificate without its key, half a
+hand-out) is said and left alone.
 """
 
 from __future__ import annotations
 
 import ssl
 import threading
-from collections.abc import Callable
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import Any
 
 LOOK_S = 5.0
 
@@ -58,21 +56,9 @@ class Renewal:
                 log(WARNING, "The SuperLink's certificate cannot be renewed: %s", error)
 
 
-def install(certificate: Path, key: Path) -> None:
-    """Have the uvicorn that this process is about to run take up renewed certificates."""
-    import uvicorn
-
-    run = uvicorn.run
-
-    def context(config: Any, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
-        made = default()
-        renewal = Renewal(made, certificate, key)
-        threading.Thread(
-            target=renewal.watch, args=(threading.Event(),), name="renewal", daemon=True
-        ).start()
-        return made
-
-    def run_with_context(*arguments: Any, **options: Any) -> None:
-        run(*arguments, **options, ssl_context_factory=context)
-
-    uvicorn.run = run_with_context
+def keep_renewed(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    """Load a certificate into ``context`` whenever its file has changed, in a thread."""
+    renewal = Renewal(context, certificate, key)
+    threading.Thread(
+        target=renewal.watch, args=(threading.Event(),), name="renewal", daemon=True
+    ).start()

@@ -125,10 +125,10 @@ def _gate(settings: Settings) -> None:
             file=sys.stderr,
         )
         return
-    from .gate import gate
+    from .gate.install import install
     from .gate.site import Site
 
-    gate.install(settings.name, Site.at(settings.site, settings.audit))
+    install(settings.name, Site.at(settings.site, settings.audit))
 
 
 if __name__ == "__main__":

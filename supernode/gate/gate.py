@@ -9,21 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import signal
 import threading
 import zipfile
 from dataclasses import dataclass, field
 from logging import ERROR, WARNING
-from pathlib import Path
 from typing import Any, NoReturn
 
 from flwr.app import Error, Message
 from flwr.common import log
 
 from common.errors import SuperNodeError
-from compat import site_gate
-from compat.digests import SUPPORTED
 from compat.fab import fab_metadata
 from compat.messages import (
     AGENT_APP,
@@ -31,6 +27,7 @@ from compat.messages import (
     RunNotRunningException,
     get_all_nested_objects,
     get_object_tree,
+    identified,
     iterate_object_tree,
     no_object_id_recompute,
     push_objects,
@@ -39,9 +36,7 @@ from compat.site_gate import Connection
 
 from .audit import AuditLog
 from .policy import Policy
-from .policy import load as load_policy
 from .reply import RefusedError, check
-from .site import Site
 
 # What may be said of an app's error without a word of the app's.
 _SAID = {
@@ -230,7 +225,7 @@ class Gate:
             error = self._error(question, ErrorCode.MOD_FAILED_PRECONDITION, reason)
             self._deliver(error, arriving.runtime)
             return
-        reply = _identified(Message(checked.content, reply_to=question.message))
+        reply = identified(Message(checked.content, reply_to=question.message))
         self._note(
             "reply",
             decision="released",
@@ -251,7 +246,7 @@ class Gate:
 
     def _error(self, question: _Question, code: int, reason: str, gate: bool = True) -> Message:
         told = f"site gate of {self._name}: {reason}" if gate else reason
-        return _identified(Message(Error(code=code, reason=told), reply_to=question.message))
+        return identified(Message(Error(code=code, reason=told), reply_to=question.message))
 
     def _deliver(self, message: Message, runtime: float) -> None:
         """Send a message of the gate's own."""
@@ -289,43 +284,3 @@ def _about(message: Message) -> dict[str, Any]:
 def _cut(text: str) -> str:
     """What the coordinator wrote, in a length that a line of the log should have."""
     return text if len(text) <= _NOTED_CHARACTERS else f"{text[:_NOTED_CHARACTERS]}…"
-
-
-def _identified(message: Message) -> Message:
-    message.metadata.__dict__["_message_id"] = message.object_id
-    return message
-
-
-def install(name: str, site: Site) -> None:
-    """Put the gate in place in this process, before its SuperNode starts.
-
-    Args:
-        name: the SuperNode's.
-        site: its policy and its audit log.
-
-    Raises:
-        SuperNodeError: the policy has an error, the log cannot be continued, or the installed
-            Flower has changed where the gate stands.
-    """
-    if problems := site_gate.HOOK.differences():
-        raise SuperNodeError(
-            f"expected a Flower that the site gate knows, found: {'; '.join(problems)}",
-            f"flwr {' and '.join(SUPPORTED)} are known to it; without its gate this SuperNode does "
-            "not start",
-        )
-    policy = load_policy(site.policy)
-    audit = AuditLog(site.audit)
-    _forget_installed_apps()
-    audit.append(
-        "started",
-        name=name,
-        policy=policy.sha256,
-        approved=[one.sha256 for one in policy.approvals],
-    )
-    site_gate.install(lambda connection: Gate(name, policy, audit, connection).guarded())
-
-
-def _forget_installed_apps() -> None:
-    """Flower runs what it finds under eight digits of a FAB's hash: let it install anew."""
-    home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
-    shutil.rmtree(home / "apps", ignore_errors=True)

@@ -32,6 +32,7 @@ from types import ModuleType
 from typing import Any
 
 from common.errors import SuperNodeError
+from compat import clientapp
 
 log = logging.getLogger("supernode.warm")
 
@@ -45,9 +46,8 @@ IMPORTS = (
     "datasets",
     "safetensors.torch",
     "bitsandbytes",
-    "flwr.supernode.cli",
     "flwr.clientapp",
-    "flwr.supernode.runtime.run_clientapp",
+    *clientapp.MODULES,
 )
 
 # Read by libraries when they are imported. A fork keeps only the thread that called it, so no

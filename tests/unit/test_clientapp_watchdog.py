@@ -19,7 +19,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
-from compat import clientapp_watchdog
+from compat import clientapp_watchdog, superexec
 
 RUN = 7
 
@@ -237,7 +237,7 @@ def test_a_reply_is_given_out_once_and_when_all_of_it_is_there(node):
     ],
 )
 def test_an_end_is_told_in_words(status, words):
-    assert clientapp_watchdog.how_it_ended(status) == words
+    assert superexec.how_it_ended(status) == words
 
 
 def test_a_message_whose_run_was_stopped_on_its_way_leaves_nothing_behind(node):

@@ -118,7 +118,7 @@ def test_a_draft_that_a_killed_process_left_is_in_nobodys_way(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_said_in_the_rooms_own_error(tmp_path):
     (tmp_path / "file").write_bytes(b"no folder")
-    with pytest.raises(SuperNodeError, match="expected to write .*below") as refused:
+    with pytest.raises(SuperNodeError, match=r"expected to write .*below") as refused:
         files.write_or_say(tmp_path / "file" / "below", b"", error=SuperNodeError)
     assert "writable by this user" in refused.value.hint
 
@@ -155,7 +155,7 @@ def test_a_key_pair_is_read_back():
 
 @pytest.mark.parametrize("read", [keys.private_key, keys.public_key])
 def test_what_is_no_key_is_refused_in_the_rooms_own_error_with_its_hint(read):
-    with pytest.raises(SuperNodeError, match="expected an OpenSSH .* in the file") as refused:
+    with pytest.raises(SuperNodeError, match=r"expected an OpenSSH .* in the file") as refused:
         read(b"no key", "the file", SuperNodeError, "make another")
     assert refused.value.hint == "make another"
 

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
 
 from compat import hooks
-from compat.digests import SUPPORTED, differences, digest, replace
+from compat.digests import SUPPORTED, differences, digest, original, replace
 
 ROOT = Path(__file__).parents[2]
 HOOKS = [hooks._load(name) for side in ("superlink", "supernode") for name in hooks._MODULES[side]]
-ROOMS = (
-    "app",
-    "certs",
-    "common",
-    "superlink",
-    "supernode",
-    "embedded",
-    "evaluation",
-    "medfed",
-    "benchmarks",
-)
+ROOMS = ("app", "certs", "common", "superlink", "supernode", "embedded", "evaluation", "medfed",
+         "benchmarks")  # fmt: skip
 # What Flower documents, by ``__all__``.
 PUBLIC = ("flwr", "flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy",
           "flwr.simulation", "flwr.common")  # fmt: skip
@@ -42,7 +34,7 @@ def test_every_hook_is_active_and_says_what_it_is_for():
     found = hooks.report()
     assert found.off == ()
     assert found.warnings() == []
-    assert found.summary().endswith("8 of 8 hooks active")
+    assert found.summary().endswith("9 of 9 hooks active")
     assert all(hook.gives and hook.without for hook in found.hooks)
     assert [hook.name for hook in found.hooks] == [hook.name for hook in HOOKS]
 
@@ -60,6 +52,20 @@ def test_every_pin_has_one_digest_or_one_for_each_supported_version():
         for names in hook.pins.values():
             for known in names.values():
                 assert isinstance(known, str) or tuple(known) == SUPPORTED
+
+
+def test_a_digest_stands_beside_the_version_that_it_was_read_in():
+    installed = metadata.version("flwr")
+    per_version = [
+        (module, name, known)
+        for hook in HOOKS
+        for module, names in hook.pins.items()
+        for name, known in names.items()
+        if not isinstance(known, str)
+    ]
+    assert per_version
+    for module, name, known in per_version:
+        assert digest(original(module, name)) == known[installed]
 
 
 @pytest.fixture
@@ -87,6 +93,12 @@ def changed(monkeypatch):
         ("flwr.server.superlink.utils", "check_abort", ["serverapp_watchdog"]),
         ("flwr.superlink.servicer.runtime.runtime_handlers", "push_object", ["long_polling"]),
         ("flwr.supernode.start_client_internal", "_insert_message", ["clientapp_watchdog"]),
+        ("flwr.cli.config_utils", "get_fab_metadata", ["site_gate"]),
+        (
+            "flwr.superlink.cli.flower_superlink",
+            "_run_superlink_http_api",
+            ["certificate_renewal"],
+        ),
     ],
 )
 def test_a_changed_function_switches_off_the_hook_that_stands_on_it_and_no_other(
@@ -109,18 +121,51 @@ def test_a_hook_is_off_with_the_one_that_it_requires(changed):
 
 def test_an_unknown_version_runs_with_the_hooks_whose_functions_are_unchanged(monkeypatch, changed):
     monkeypatch.setattr(hooks.metadata, "version", lambda _name: "1.99.0")
-    assert hooks.report().summary() == "Flower 1.99.0: 8 of 8 hooks active"
+    assert hooks.report().summary() == "Flower 1.99.0: 9 of 9 hooks active"
     changed("flwr.supercore.heartbeat", "HeartbeatSender")
-    assert hooks.report().summary() == "Flower 1.99.0: 7 of 8 hooks active"
+    assert hooks.report().summary() == "Flower 1.99.0: 8 of 9 hooks active"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "off"),
+    [
+        ("flwr.supercore.inflatable.inflatable_utils", "ObjectPushError", "retry"),
+        ("flwr.proto.message_pb2", "PushObjectRequest", "long_polling"),
+        ("flwr.superlink.routers.fleet.router", "router", "long_polling"),
+        ("flwr.common.constant", "SYSTEM_TIME_TOLERANCE", "replay_guard"),
+        ("flwr.cli.config_utils", "get_fab_metadata", "site_gate"),
+        ("flwr.common.constant", "ErrorCode", "site_gate"),
+    ],
+)
+def test_a_name_that_is_gone_switches_off_the_hook_whose_file_imports_it(module, name, off):
+    # In a process of its own, for a file is imported once.
+    code = f"""
+import json
+from importlib import import_module
+import flwr.superlink.main, flwr.superlink.cli, flwr.supernode.cli
+delattr(import_module({module!r}), {name!r})
+import compat, compat.superlink, compat.supernode
+print(json.dumps({{hook.name: [*hook.reasons, hook.gives, hook.without]
+                  for hook in compat.report().off}}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    found = json.loads(done.stdout)
+    assert list(found) == [off]
+    assert all(found[off])
+    assert name in found[off][0]
 
 
 def test_a_function_that_is_gone_is_said():
     module = "flwr.server.superlink.utils"
     pins = {module: {"gone": "0", "check_abort.gone": "0"}, "flwr.gone": {"f": "0"}}
+    pins["builtins"] = {"len": "0"}
     assert differences(pins) == [
         f"expected {module}.gone, found none",
         f"expected {module}.check_abort.gone, found none",
         "expected flwr.gone.f, found none",
+        "expected builtins.len as in flwr 1.41.0 or 1.42.0, found it changed",
     ]
 
 
@@ -150,7 +195,10 @@ def test_the_report_is_json_and_imports_no_torch():
 
 
 def private_names(source: str) -> list[str]:
-    """What a file imports from Flower that Flower does not document."""
+    """What a file imports from Flower that Flower does not document.
+
+    A module's name in a string counts too: ``import_module`` and its like take it.
+    """
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -163,6 +211,8 @@ def private_names(source: str) -> list[str]:
                 for alias in node.names
                 if alias.name not in documented
             ]
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"flwr(\.\w+)+", str(node.value)):
+            found += [node.value] if node.value not in PUBLIC else []
     return found
 
 
@@ -189,10 +239,13 @@ from flwr.common.constant import ErrorCode
 from flwr_datasets import FederatedDataset
 def late():
     from flwr.supernode import cli
+    import_module("flwr.supercore.fab")
+    print("flwr.app", "of flwr.supercore")
 """
     assert private_names(source) == [
         "flwr.supercore.run",
         "flwr.app.Unknown",
         "flwr.common.constant.ErrorCode",
         "flwr.supernode.cli",
+        "flwr.supercore.fab",
     ]

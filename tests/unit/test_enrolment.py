@@ -89,11 +89,11 @@ def enrol(superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         data=tmp_path,
     )
 
-    def run(patience: float = 75.0) -> tuple[int, list[str], list[float]]:
+    def run(timeout: float = 75.0) -> tuple[int, list[str], list[float]]:
         said: list[str] = []
         slept: list[float] = []
         monkeypatch.setattr(time, "monotonic", lambda: sum(slept))
-        node = enrolment.enrol(settings, patience, say=said.append, sleep=slept.append)
+        node = enrolment.enrol(settings, timeout, say=said.append, sleep=slept.append)
         return node, said, slept
 
     return run

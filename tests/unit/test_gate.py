@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +19,14 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.run import RunNotRunningException
 
+import compat
 from common.errors import SuperNodeError
 from compat import hooks, site_gate
 from compat.digests import differences
 from supernode.__main__ import main
 from supernode.gate import audit, policy
 from supernode.gate import gate as hook
+from supernode.gate.install import install
 from supernode.gate.site import Site
 from tests.e2e.warm_federation import write_app
 
@@ -323,28 +326,40 @@ def changed(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
 WORKER = "flwr.supernode.start_client_internal"
 
 
-@pytest.mark.parametrize("name", list(site_gate.HOOK.pins[WORKER]))
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(module, name) for module, names in site_gate.HOOK.pins.items() for name in names],
+)
 def test_a_flower_that_has_changed_where_the_gate_stands_does_not_start(
-    monkeypatch, flower, site, name
+    monkeypatch, flower, site, module, name
 ):
-    changed(monkeypatch, WORKER, name)
+    changed(monkeypatch, module, name)
     before = flower._init_connection
-    with pytest.raises(SuperNodeError, match=f"expected {WORKER}.{name} as in flwr") as refused:
-        hook.install("supernode-07", site)
+    with pytest.raises(SuperNodeError, match=f"expected {module}.{name} as in flwr") as refused:
+        install("supernode-07", site)
     assert "flwr 1.41.0 and 1.42.0 are known to it" in refused.value.hint
     assert flower._init_connection is before
+    assert not site.audit.exists()
+
+
+def test_a_flower_without_a_name_that_the_gate_uses_does_not_start(monkeypatch, flower, site):
+    monkeypatch.delitem(sys.modules, "compat.messages")
+    monkeypatch.delattr(compat, "messages")
+    monkeypatch.setitem(sys.modules, "flwr.supercore.run", None)
+    with pytest.raises(SuperNodeError, match=r"found: import of flwr\.supercore\.run halted"):
+        install("supernode-07", site)
     assert not site.audit.exists()
 
 
 def test_a_flower_that_has_changed_elsewhere_starts_with_its_gate(monkeypatch, flower, site):
     changed(monkeypatch, "flwr.supercore.superexec.run_superexec", "run_superexec")
     monkeypatch.setattr(hooks.metadata, "version", lambda _name: "1.99.0")
-    hook.install("supernode-07", site)
+    install("supernode-07", site)
     assert differences({WORKER: {"_init_connection": "800f9aba73646ea2"}}) == []
 
 
 def test_the_other_hooks_still_find_the_flower_that_they_know(flower, site):
-    hook.install("supernode-07", site)
+    install("supernode-07", site)
     assert hooks.report("supernode").off == ()
 
 
@@ -354,7 +369,7 @@ def test_the_connection_goes_through_the_gate(monkeypatch, flower, site, superli
         yield superlink.connection()
 
     monkeypatch.setattr(flower, "http_request_response", connect)
-    hook.install("supernode-07", site)
+    install("supernode-07", site)
     with flower._init_connection(server_address="127.0.0.1:1", insecure=True) as connection:
         node_id, receive, _, get_run, get_fab, *_ = connection
         assert node_id == 2
@@ -369,14 +384,14 @@ def test_apps_installed_before_are_installed_anew(flower, site, tmp_path):
     """Flower looks an installed app up by eight digits of its hash."""
     stale = tmp_path / "flwr" / "apps" / "medfed.medfed.0.1.0.12345678"
     stale.mkdir(parents=True)
-    hook.install("supernode-07", site)
+    install("supernode-07", site)
     assert not stale.exists()
 
 
 def test_a_policy_with_an_error_stops_the_start(site, flower):
     site.policy.write_text("[reply]\nparameters = 0\n")
     with pytest.raises(SuperNodeError, match=r"policy.toml:2: \[reply\] parameters"):
-        hook.install("supernode-07", site)
+        install("supernode-07", site)
 
 
 # --- the command ----------------------------------------------------------------------------------

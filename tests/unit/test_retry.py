@@ -1,4 +1,4 @@
-"""supernode/retry.py: what a connection to the SuperLink outlasts, and what it does not."""
+"""compat/retry.py: what a connection to the SuperLink outlasts, and what it does not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compat import retry
-from compat.retry import Delivery, Patience
+from compat.retry import Delivery, RetryPolicy
 from tests.fake_clock import Clock
 
 
@@ -30,11 +30,11 @@ PASSING = [CUT, httpx.ReadTimeout(""), ssl.SSLEOFError(), answer(500), answer(50
 FINAL = [answer(400), answer(404), answer(413), ObjectUnavailableError("o"), ValueError()]
 
 
-class PatientClock(Clock):
-    """A clock that makes retry."""
+class PolicyClock(Clock):
+    """A clock that makes retry policies."""
 
-    def patience(self, draw: Callable[[float, float], float] = lambda low, high: high) -> Patience:
-        return Patience(self.sleep, self, draw)
+    def policy(self, draw: Callable[[float, float], float] = lambda low, high: high) -> RetryPolicy:
+        return RetryPolicy(self.sleep, self, draw)
 
 
 class Failing:
@@ -53,9 +53,9 @@ class Failing:
 
 @given(st.lists(st.sampled_from(PASSING), max_size=12), st.floats(0, 1))
 def test_what_passes_is_outlasted_with_waits_that_double_to_eight_seconds(troubles, luck):
-    clock, function = PatientClock(), Failing(*troubles)
-    patient = clock.patience(lambda low, high: low + luck * (high - low))
-    assert patient.with_("try", function)("this") == ("this",)
+    clock, function = PolicyClock(), Failing(*troubles)
+    policy = clock.policy(lambda low, high: low + luck * (high - low))
+    assert policy.retrying("try", function)("this") == ("this",)
     assert len(function.calls) == len(troubles) + 1
     for wait, longest in zip(clock.slept, [1, 2, 4, *[8] * 9], strict=False):
         assert longest / 2 <= wait <= longest
@@ -63,27 +63,27 @@ def test_what_passes_is_outlasted_with_waits_that_double_to_eight_seconds(troubl
 
 @pytest.mark.parametrize("trouble", FINAL, ids=repr)
 def test_what_does_not_pass_is_said_at_once(trouble):
-    clock = PatientClock()
+    clock = PolicyClock()
     with pytest.raises(type(trouble)):
-        clock.patience().with_("try", Failing(trouble))()
+        clock.policy().retrying("try", Failing(trouble))()
     assert clock.slept == []
 
 
 def test_a_run_that_is_over_is_not_argued_with():
-    clock = PatientClock()
-    forever = clock.patience().with_(
-        "try", Failing(RunNotRunningException()), float("inf"), retry.may_pass
+    clock = PolicyClock()
+    forever = clock.policy().retrying(
+        "try", Failing(RunNotRunningException()), float("inf"), retry.always
     )
     with pytest.raises(RunNotRunningException):
         forever()
     assert clock.slept == []
 
 
-def test_patience_ends_after_some_minutes():
-    clock, function = PatientClock(), Failing(*[CUT] * 1000)
+def test_retries_end_after_some_minutes():
+    clock, function = PolicyClock(), Failing(*[CUT] * 1000)
     with pytest.raises(httpx.ConnectError):
-        clock.patience().with_("try", function)()
-    assert retry.PATIENCE_S <= clock.now <= retry.PATIENCE_S + retry.LONGEST_WAIT_S
+        clock.policy().retrying("try", function)()
+    assert retry.GIVE_UP_AFTER_S <= clock.now <= retry.GIVE_UP_AFTER_S + retry.LONGEST_WAIT_S
 
 
 def connection(**functions: Any) -> tuple[Any, ...]:
@@ -92,17 +92,17 @@ def connection(**functions: Any) -> tuple[Any, ...]:
 
 
 def test_messages_are_asked_for_for_ever_whatever_goes_wrong():
-    clock, receive = PatientClock(), Failing(*[*PASSING, *FINAL] * 100)
-    _, ask, *_ = retry.around(connection(receive=receive), clock.patience())
+    clock, receive = PolicyClock(), Failing(*[*PASSING, *FINAL] * 100)
+    _, ask, *_ = retry.with_retries(connection(receive=receive), clock.policy())
     assert ask() == ()
     assert clock.now > 3600
 
 
 def test_a_reply_outlasts_a_gateway_that_restarts():
-    clock, send, push = PatientClock(), Failing(CUT, answer(500)), Failing(CUT, answer(502), CUT)
-    around = retry.around(connection(send=send, push=push), clock.patience())
-    assert around[2]("message", "tree", 1.0) == ("message", "tree", 1.0)
-    around[6](7, "session", "object", b"content")
+    clock, send, push = PolicyClock(), Failing(CUT, answer(500)), Failing(CUT, answer(502), CUT)
+    wrapped = retry.with_retries(connection(send=send, push=push), clock.policy())
+    assert wrapped[2]("message", "tree", 1.0) == ("message", "tree", 1.0)
+    wrapped[6](7, "session", "object", b"content")
     assert len(send.calls) == 3
     assert push.calls == [(7, "session", "object", b"content")] * 4
 
@@ -110,9 +110,9 @@ def test_a_reply_outlasts_a_gateway_that_restarts():
 @pytest.mark.parametrize("which", ["get_run", "get_fab"])
 def test_a_message_that_cannot_be_worked_on_does_not_end_the_supernode(which):
     functions = {which: Failing(answer(404))}
-    around = retry.around(connection(**functions), PatientClock().patience())
+    wrapped = retry.with_retries(connection(**functions), PolicyClock().policy())
     with pytest.raises(RunNotRunningException):
-        around[3 if which == "get_run" else 4](7, "x")
+        wrapped[3 if which == "get_run" else 4](7, "x")
 
 
 class SuperLink:
@@ -137,14 +137,14 @@ class SuperLink:
 
 
 def test_an_object_whose_answer_got_lost_is_asked_about_not_sent_twice():
-    clock, superlink = PatientClock(), SuperLink("a", "b", "c")
+    clock, superlink = PolicyClock(), SuperLink("a", "b", "c")
     superlink.answers_lost = 1
-    around = retry.around(
-        connection(send=superlink.send, push=superlink.push_object), clock.patience()
+    wrapped = retry.with_retries(
+        connection(send=superlink.send, push=superlink.push_object), clock.policy()
     )
-    missing, session = around[2]("message", "tree", 1.0)
+    missing, session = wrapped[2]("message", "tree", 1.0)
     for object_id in sorted(missing):
-        around[6](7, session, object_id, b"")
+        wrapped[6](7, session, object_id, b"")
     assert superlink.missing == set()
     assert superlink.session == 2
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import ssl
 import threading
 from collections.abc import Iterator
@@ -15,8 +14,9 @@ import pytest
 
 import certs
 from certs import files, pki
+from compat import certificate_renewal
 from superlink import health
-from superlink.renewal import Renewal, install
+from superlink.renewal import Renewal, keep_renewed
 
 
 @pytest.fixture
@@ -118,27 +118,34 @@ def test_watching_outlives_what_does_not_load(folder, server):
     assert len(looks) == 3
 
 
-def test_flowers_superlink_runs_in_a_uvicorn_that_lets_itself_be_told(monkeypatch, folder):
-    """Fails when Flower starts its server otherwise: then a renewal would need a restart."""
+def test_flowers_superlink_hands_out_the_context_that_it_serves_with(monkeypatch, folder):
     import uvicorn
 
     flower = importlib.import_module("flwr.superlink.cli.flower_superlink")
     assert flower.uvicorn is uvicorn
-    assert "uvicorn.run(" in inspect.getsource(flower)
+    monkeypatch.setattr(flower, "uvicorn", uvicorn)
     told: list[dict] = []
     monkeypatch.setattr(uvicorn, "run", lambda **options: told.append(options))
-    install(folder / "superlink.crt", folder / "superlink.key")
-    uvicorn.run(app="app", ssl_certfile="certificate")
+    made: list[ssl.SSLContext] = []
+    certificate_renewal.install(made.append)
+    flower.uvicorn.run(app="app", ssl_certfile="certificate")
     (options,) = told
     assert options["app"] == "app"
-    monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
     config = uvicorn.Config(
-        "app",
+        lambda *_: None,
         ssl_certfile=folder / "superlink.crt",
         ssl_keyfile=folder / "superlink.key",
         ssl_context_factory=options["ssl_context_factory"],
     )
-    assert config.is_ssl
+    config.load()
+    assert made == [config.ssl]
+
+
+def test_a_context_is_watched_over_in_a_thread_that_holds_nothing_up(monkeypatch, folder, server):
+    started: list[threading.Thread] = []
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread))
+    keep_renewed(server.context, folder / "superlink.crt", folder / "superlink.key")
+    assert [(thread.name, thread.daemon) for thread in started] == [("renewal", True)]
 
 
 # --- the healthcheck ------------------------------------------------------------------------------

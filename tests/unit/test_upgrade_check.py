@@ -47,7 +47,7 @@ def test_doctor_lists_every_hook_and_is_content():
     done = medfed("doctor", "--json")
     assert done.exit_code == 0
     found = json.loads(done.stdout)["flower"]
-    assert len(found["hooks"]) == 8
+    assert len(found["hooks"]) == 9
     assert all(hook["active"] for hook in found["hooks"])
 
 
@@ -56,7 +56,7 @@ def test_doctor_says_which_hook_is_off_and_what_it_costs(monkeypatch):
     monkeypatch.setattr(heartbeats, "HOOK", replace(heartbeats.HOOK, pins=pins))
     done = medfed("doctor")
     assert done.exit_code == 1
-    assert "7 of 8 hooks active" in done.stdout
+    assert "8 of 9 hooks active" in done.stdout
     assert "heartbeats: expected flwr.supercore.heartbeat.HeartbeatSender" in done.stdout
 
 
