@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,11 @@ class RetryPolicy:
         Args:
             draw: a number between two.
         """
-        wait = min(self.first_s, self.longest_s)
-        while True:
+        for retry in itertools.count():
+            wait = self.wait(retry)
             yield draw((1 - self.jitter) * wait, wait) if self.jitter else wait
-            wait = min(2 * wait, self.longest_s)
+
+    def wait(self, retry: int) -> float:
+        """Seconds to wait before one attempt, without jitter; 0 is the first retry."""
+        # 2.0 ** 1024 is no float: what has doubled 64 times is at its longest.
+        return min(self.first_s * 2.0 ** min(retry, 64), self.longest_s)

@@ -29,6 +29,8 @@ import httpx
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import RunNotRunningException
 
+from common.retry import RetryPolicy
+
 from .digests import replace
 from .hooks import Hook
 
@@ -51,8 +53,7 @@ HOOK = Hook(
         "flwr.supercore.protobuf.client": {"ProtobufClient.__init__": "ea57554c6ab40501"},
     },
 )
-LONGEST_WAIT_S = 8
-GIVE_UP_AFTER_S = 300.0
+POLICY = RetryPolicy(first_s=1.0, longest_s=8.0, jitter=0.5, give_up_s=300.0)
 _CONNECT_S = 5.0
 # Refusals that say "not now"; everything below 500 that is not among them says "no".
 _NOT_NOW = (408, 425, 429)
@@ -74,8 +75,8 @@ def always(_error: Exception) -> bool:
     return True
 
 
-class RetryPolicy:
-    """Tries again, with waits that double up to ``LONGEST_WAIT_S`` and are cut at random.
+class Retries:
+    """Calls functions again by :data:`POLICY`.
 
     Args:
         sleep: how to wait.
@@ -95,7 +96,7 @@ class RetryPolicy:
         self,
         what: str,
         function: Callable[Parameters, Answer],
-        seconds: float = GIVE_UP_AFTER_S,
+        seconds: float = POLICY.give_up_s,
         retriable: Callable[[Exception], bool] = is_transient,
     ) -> Callable[Parameters, Answer]:
         """``function``, called again until it succeeds.
@@ -110,7 +111,7 @@ class RetryPolicy:
         def retried(*arguments: Parameters.args, **options: Parameters.kwargs) -> Answer:
             from flwr.common import log
 
-            began, wait, tries = self._clock(), 1.0, 0
+            began, waits, tries = self._clock(), POLICY.waits(self._draw), 0
             while True:
                 try:
                     answer = function(*arguments, **options)
@@ -119,10 +120,10 @@ class RetryPolicy:
                 except Exception as error:
                     if not retriable(error) or self._clock() - began >= seconds:
                         raise
-                    pause = self._draw(wait / 2, wait)
-                    log(WARNING, "Could not %s: %s; again in %.1f s", what, error, pause)
-                    self._sleep(pause)
-                    wait, tries = min(2 * wait, LONGEST_WAIT_S), tries + 1
+                    wait = next(waits)
+                    log(WARNING, "Could not %s: %s; again in %.1f s", what, error, wait)
+                    self._sleep(wait)
+                    tries += 1
                 else:
                     if tries:
                         log(INFO, "Could %s after %d more attempts", what, tries)
@@ -175,22 +176,22 @@ class Delivery:
                     self._push_object(run_id, renewed, object_id, content)
 
 
-def with_retries(connection: tuple[Any, ...], policy: RetryPolicy) -> tuple[Any, ...]:
-    """What Flower's ``http_request_response`` yields, with every request under a retry policy."""
+def with_retries(connection: tuple[Any, ...], retries: Retries) -> tuple[Any, ...]:
+    """What Flower's ``http_request_response`` yields, with every request under a retry retries."""
     node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
     delivery = Delivery(
-        policy.retrying("hand over a reply", send),
-        policy.retrying("hand over a part of a reply", push_object),
+        retries.retrying("hand over a reply", send),
+        retries.retrying("hand over a part of a reply", push_object),
     )
     return (
         node_id,
-        policy.retrying("ask for messages", receive, float("inf"), always),
+        retries.retrying("ask for messages", receive, float("inf"), always),
         delivery.send,
-        _or_drop_the_message(policy.retrying("ask about a run", get_run)),
-        _or_drop_the_message(policy.retrying("fetch an app", get_fab)),
-        policy.retrying("fetch a part of a message", pull_object),
+        _or_drop_the_message(retries.retrying("ask about a run", get_run)),
+        _or_drop_the_message(retries.retrying("fetch an app", get_fab)),
+        retries.retrying("fetch a part of a message", pull_object),
         delivery.push_object,
-        policy.retrying("confirm a message", confirm),
+        retries.retrying("confirm a message", confirm),
     )
 
 
@@ -212,8 +213,8 @@ def _or_drop_the_message(function: Callable[Parameters, Answer]) -> Callable[Par
 
 
 def install() -> None:
-    """Put the connection that this process is about to open under a retry policy."""
-    replace(_RETRY, "MAX_RETRY_DELAY", LONGEST_WAIT_S)
+    """Put the connection that this process is about to open under a retry retries."""
+    replace(_RETRY, "MAX_RETRY_DELAY", POLICY.longest_s)
     fleet: Any = import_module(_CONNECTION)
     stock: Any = fleet.FleetHttpClient
 
@@ -230,6 +231,6 @@ def install() -> None:
     @contextmanager
     def connect_with_retries(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...]]:
         with connect(*arguments, **options) as connection:
-            yield with_retries(connection, RetryPolicy())
+            yield with_retries(connection, Retries())
 
     replace(_WORKER, "http_request_response", connect_with_retries)

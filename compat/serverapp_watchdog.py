@@ -29,6 +29,8 @@ from logging import ERROR, INFO, WARNING
 from types import SimpleNamespace
 from typing import Any
 
+from common.retry import RetryPolicy
+
 from . import superexec
 from .digests import replace
 from .hooks import Hook
@@ -70,7 +72,7 @@ HOOK = Hook(
 _EXECUTOR = "flwr.supercore.superexec.executor.subprocess_executor"
 _PROGRAM = "flwr-serverapp"
 STEADY_S = 60.0
-_LONGEST_WAIT_S = 30.0
+_RESTARTS = RetryPolicy(first_s=1.0, longest_s=30.0)
 MOST_QUICK_DEATHS = 8
 # A day of heartbeat intervals: what has a watch on its process needs no other proof of life.
 _PATIENCE = 2880
@@ -144,7 +146,7 @@ class Restarts:
         self._quick[run_id] = quick
         if quick > MOST_QUICK_DEATHS:
             return None
-        return min(2.0 ** (quick - 2), _LONGEST_WAIT_S) if quick > 1 else 0.0
+        return _RESTARTS.wait(quick - 2) if quick > 1 else 0.0
 
 
 class ServerAppWatchdog:

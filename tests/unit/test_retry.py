@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compat import retry
-from compat.retry import Delivery, RetryPolicy
+from compat.retry import Delivery, Retries
 from tests.fake_clock import Clock
 
 
@@ -33,8 +33,8 @@ FINAL = [answer(400), answer(404), answer(413), ObjectUnavailableError("o"), Val
 class PolicyClock(Clock):
     """A clock that makes retry policies."""
 
-    def policy(self, draw: Callable[[float, float], float] = lambda low, high: high) -> RetryPolicy:
-        return RetryPolicy(self.sleep, self, draw)
+    def policy(self, draw: Callable[[float, float], float] = lambda low, high: high) -> Retries:
+        return Retries(self.sleep, self, draw)
 
 
 class Failing:
@@ -83,7 +83,7 @@ def test_retries_end_after_some_minutes():
     clock, function = PolicyClock(), Failing(*[CUT] * 1000)
     with pytest.raises(httpx.ConnectError):
         clock.policy().retrying("try", function)()
-    assert retry.GIVE_UP_AFTER_S <= clock.now <= retry.GIVE_UP_AFTER_S + retry.LONGEST_WAIT_S
+    assert retry.POLICY.give_up_s <= clock.now <= retry.POLICY.give_up_s + retry.POLICY.longest_s
 
 
 def connection(**functions: Any) -> tuple[Any, ...]:
