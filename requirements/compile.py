@@ -6,7 +6,8 @@ dev.txt      for tests and checks, on top of runtime.txt
 flower-1.41.txt  laid over them for the oldest Flower that is supported
 
 What is pinned already stays, unless an .in file asks for another version. torch's CPU build is not
-on PyPI, so its digest comes from torch-cpu.sha256.
+on PyPI, so its digest comes from torch-cpu.sha256, as `sha256sum torch-*.whl` prints it for the
+wheel that `pip download --no-deps torch==VERSION` finds.
 """
 
 from __future__ import annotations
@@ -26,15 +27,10 @@ Blocks = dict[str, str]
 
 def main() -> None:
     """Write every .txt file of this folder."""
-    known = "".join(
-        (HERE / f"{name}.txt").read_text() for name in ("runtime", "cuda", "dev")
-        if (HERE / f"{name}.txt").exists()
-    )  # fmt: skip
+    known = "".join((HERE / f"{name}.txt").read_text() for name in ("runtime", "cuda", "dev"))
     runtime = compiled("runtime.in", known)
     cuda = {name: runtime.pop(name) for name in list(runtime) if CUDA.match(name)}
-    digest = (HERE / "torch-cpu.sha256").read_text().split()[0]
-    if digest not in runtime["torch"]:  # uv keeps the hashes that it finds
-        runtime["torch"] += f" \\\n    --hash=sha256:{digest}"
+    runtime["torch"] = with_cpu_build(runtime["torch"])
     dev = {
         name: block
         for name, block in compiled("dev.in", known).items()
@@ -44,6 +40,21 @@ def main() -> None:
     write("cuda.txt", "runtime.in", cuda)
     write("dev.txt", "dev.in", dev)
     write("flower-1.41.txt", "flower-1.41.in", compiled("flower-1.41.in", "", "--no-deps"))
+
+
+def with_cpu_build(torch: str) -> str:
+    """The lines of torch, with the hash of its CPU build among them."""
+    digest, wheel = (HERE / "torch-cpu.sha256").read_text().split()
+    version = torch.split(maxsplit=1)[0].partition("==")[2]
+    if not wheel.startswith(f"torch-{version}+cpu-"):
+        raise SystemExit(
+            f"error: expected the CPU build of torch {version} in torch-cpu.sha256, found {wheel}\n"
+            f"hint: pip download --no-deps torch=={version} finds it where CPU builds are; "
+            "sha256sum torch-*.whl > requirements/torch-cpu.sha256"
+        )
+    if digest in torch:  # uv keeps the hashes that it finds
+        return torch
+    return f"{torch} \\\n    --hash=sha256:{digest}"
 
 
 def compiled(source: str, known: str, *options: str) -> Blocks:
