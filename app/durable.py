@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,24 +12,16 @@ from pathlib import Path
 from app.errors import AppError
 
 
-def write(file: Path, content: bytes, mode: int = 0o666) -> None:
+def write(file: Path, content: bytes) -> None:
     """Put ``content`` into ``file``: beside its place first, synced, then renamed.
-
-    Args:
-        file: in a folder that is there.
-        content: all of it.
-        mode: of the file, less what the umask takes away.
 
     Raises:
         AppError: the disk is full or cannot be written; ``file`` is as it was.
     """
-    # The kernel's id of this thread: no other writer has it, in this process or another.
-    partial = file.with_name(f".{file.name}.{threading.get_native_id()}.partial")
+    partial = file.with_name(f".{file.name}.partial")
     with disk(file):
         try:
-            partial.unlink(missing_ok=True)
-            new = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
-            with os.fdopen(new, "wb") as written:
+            with partial.open("wb") as written:
                 written.write(content)
                 written.flush()
                 os.fsync(written.fileno())

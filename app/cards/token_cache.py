@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from app import durable
-from app.errors import AppError
 from app.paths import medfed_home
 
 _SHA256_BYTES = 32
@@ -88,10 +86,18 @@ class TokenCache:
             prompts=np.asarray([prompt for _, prompt in examples], dtype=np.int32),
         )
         payload = archive.getvalue()
-        with contextlib.suppress(OSError, AppError):
+        with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            # 0600: tokens are a hospital's text in another spelling.
-            durable.write(file, hashlib.sha256(payload).digest() + payload, mode=0o600)
+            # mkstemp's file is 0600: tokens are a hospital's text in another spelling.
+            handle, name = tempfile.mkstemp(dir=file.parent)
+            try:
+                with os.fdopen(handle, "wb") as out:
+                    out.write(hashlib.sha256(payload).digest() + payload)
+                    out.flush()
+                    os.fsync(out.fileno())
+                Path(name).replace(file)
+            except OSError:
+                Path(name).unlink(missing_ok=True)
 
     def _file(self, key: str) -> Path | None:
         if self.folder is None:
