@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,8 +55,9 @@ def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
         path: the file to be.
         mode: as for :func:`write`; it is the draft's from the beginning.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    draft.unlink(missing_ok=True)  # a process of this id that was killed may have left it
+    # The kernel's id of this thread: no other writer has it, in this process or another.
+    draft = path.with_name(f".{path.name}.{threading.get_native_id()}.partial")
+    draft.unlink(missing_ok=True)  # left by one of this id that was killed
     os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode))
     try:
         if mode is not None:

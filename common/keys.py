@@ -8,8 +8,6 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 
 from common.errors import UserError
 
-_CURVES = "Flower takes keys on a NIST curve: ssh-keygen -t ecdsa -b 384"
-
 
 def private_key(
     content: bytes, where: object, error: type[UserError], hint: str
@@ -32,9 +30,7 @@ def private_key(
             f"expected an OpenSSH private key without a passphrase in {where}, found: {found}", hint
         ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise error(
-            f"expected an elliptic-curve key in {where}, found {type(key).__name__}", _CURVES
-        )
+        raise _other(key, where, error)
     return key
 
 
@@ -49,7 +45,12 @@ def public_key(
             f"expected an OpenSSH public key in {where}, found something else", hint
         ) from None
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise error(
-            f"expected an elliptic-curve key in {where}, found {type(key).__name__}", _CURVES
-        )
+        raise _other(key, where, error)
     return key
+
+
+def _other(key: object, where: object, error: type[UserError]) -> UserError:
+    return error(
+        f"expected an elliptic-curve key in {where}, found {type(key).__name__}",
+        "Flower takes keys on a NIST curve: ssh-keygen -t ecdsa -b 384",
+    )

@@ -24,7 +24,8 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from logging import ERROR, INFO, WARNING
 from types import SimpleNamespace
 from typing import Any
@@ -138,15 +139,15 @@ class Restarts:
     """
 
     def __init__(self) -> None:
-        self._quick: dict[int, int] = {}
+        self._quick: dict[int, Iterator[float]] = {}
 
     def wait(self, run_id: int, lived: float) -> float | None:
         """Seconds to wait after a death, ``lived`` seconds after the start; None: give up."""
-        quick = self._quick.get(run_id, 0) + 1 if lived < STEADY_S else 0
-        self._quick[run_id] = quick
-        if quick > MOST_QUICK_DEATHS:
-            return None
-        return _RESTARTS.wait(quick - 2) if quick > 1 else 0.0
+        if lived >= STEADY_S:
+            self._quick.pop(run_id, None)
+            return 0.0
+        waits = chain([0.0], islice(_RESTARTS.waits(), MOST_QUICK_DEATHS - 1))
+        return next(self._quick.setdefault(run_id, waits), None)
 
 
 class ServerAppWatchdog:

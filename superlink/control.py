@@ -16,10 +16,7 @@ from types import TracebackType
 from typing import Self
 
 import httpx
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from common import keys
 from common.errors import SuperLinkError

@@ -11,13 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_ssh_public_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from common import files, keys
 from common.errors import SuperNodeError
@@ -99,13 +94,13 @@ def check_key(name: str, key: Path, public_keys: Path) -> None:
 
 def _read_public(path: Path) -> bytes | None:
     try:
-        return _public_bytes(load_ssh_public_key(path.read_bytes()))
-    except (OSError, ValueError, UnsupportedAlgorithm):
+        return _public_bytes(keys.public_key(path.read_bytes(), path, SuperNodeError, ""))
+    except (OSError, SuperNodeError):
         return None
 
 
-def _public_bytes(key: object) -> bytes:
-    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)  # type: ignore[attr-defined, no-any-return]
+def _public_bytes(key: ec.EllipticCurvePublicKey) -> bytes:
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
 
 
 def trust(ca: Path) -> ssl.SSLContext:

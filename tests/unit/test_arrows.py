@@ -172,24 +172,3 @@ def test_the_command_line_starts_without_torch(module):
         check=True,
     )
     assert done.stdout.strip() == "[]"
-
-
-def test_the_gateways_image_has_every_file_that_the_gateway_imports():
-    """It has Python and nginx, none of our packages and only the files that are named."""
-    lines = (ROOT / "superlink" / "gateway" / "Dockerfile").read_text().splitlines()
-    copied = {
-        path.removesuffix("/")
-        for line in lines
-        if line.startswith("COPY ")
-        for path in line.split()[1:-1]
-    }
-    files = {name: file for room in ROOMS for name, file in modules(room).items()}
-    imports = {name: found for room in ROOMS for name, found in imports_in(room).items()}
-    wanted = [name for name in files if name.startswith("superlink.gateway")]
-    wanted.append("superlink.health")
-    for name in wanted:  # grows
-        file = files[name].relative_to(ROOT)
-        assert copied & {file.as_posix(), *(parent.as_posix() for parent in file.parents)}, name
-        parts = name.split(".")
-        packages = {".".join(parts[:n]) for n in range(1, len(parts))}
-        wanted += [one for one in (imports[name] | packages) & set(files) if one not in wanted]
