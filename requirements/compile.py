@@ -6,8 +6,7 @@ dev.txt      for tests and checks, on top of runtime.txt
 flower-1.41.txt  laid over them for the oldest Flower that is supported
 
 What is pinned already stays, unless an .in file asks for another version. torch's CPU build is not
-on PyPI, so its digest comes from torch-cpu.sha256, as `sha256sum torch-*.whl` prints it for the
-wheel that `pip download --no-deps torch==VERSION` finds.
+on PyPI, so it is pinned by hand, in torch-cpu.txt.
 """
 
 from __future__ import annotations
@@ -43,18 +42,18 @@ def main() -> None:
 
 
 def with_cpu_build(torch: str) -> str:
-    """The lines of torch, with the hash of its CPU build among them."""
-    digest, wheel = (HERE / "torch-cpu.sha256").read_text().split()
+    """The lines of torch, with the hashes of its CPU build among them."""
     version = torch.split(maxsplit=1)[0].partition("==")[2]
-    if not wheel.startswith(f"torch-{version}+cpu-"):
+    text = (HERE / "torch-cpu.txt").read_text()
+    if f"torch=={version}+cpu " not in text:
         raise SystemExit(
-            f"error: expected the CPU build of torch {version} in torch-cpu.sha256, found {wheel}\n"
-            f"hint: pip download --no-deps torch=={version} finds it where CPU builds are; "
-            "sha256sum torch-*.whl > requirements/torch-cpu.sha256"
+            f"error: expected the CPU build of torch {version} in torch-cpu.txt, found another\n"
+            f"hint: pip download --no-deps torch=={version} where pip finds CPU builds, "
+            "then pip hash"
         )
-    if digest in torch:  # uv keeps the hashes that it finds
-        return torch
-    return f"{torch} \\\n    --hash=sha256:{digest}"
+    hashes = re.findall(r"--hash=\S+", text)
+    # uv keeps the hashes that it finds
+    return " \\\n    ".join([torch, *(one for one in hashes if one not in torch)])
 
 
 def compiled(source: str, known: str, *options: str) -> Blocks:
