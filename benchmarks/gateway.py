@@ -29,11 +29,9 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-
 import certs
 from benchmarks.rounds import RESULTS, gateway, machine, say
+from certs.keys import private_from_openssh
 from compat.fleet_api import (
     FleetHttpClient,
     Node,
@@ -57,8 +55,7 @@ def _clients(
         clients = []
         for name, node_id in nodes:
             content = (work / "supernodes" / f"{name}.key").read_bytes()
-            key = load_ssh_private_key(content, None)
-            assert isinstance(key, ec.EllipticCurvePrivateKey)  # noqa: S101  (we issued it)
+            key = private_from_openssh(content, name)
             client = FleetHttpClient.from_server_address(
                 address,
                 insecure=False,

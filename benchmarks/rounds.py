@@ -6,6 +6,8 @@ All three run in one go on the same machine, model, cards and steps: 20 SuperNod
 TLS, node authentication and a SQLite database where there is a SuperLink. The stock side is
 Flower as it comes with an app in the shape of the leaderboard's template (``benchmarks/stock``).
 Progress goes to stderr; ``--json`` prints the result, ``--save`` keeps it under ``results/``.
+``--against PYTHON`` measures the deployment of another environment in the same run, for example
+that of another Flower.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,8 @@ RESULTS = Path(__file__).parent / "results"
 PROGRAMS = Path(sys.executable).parent
 SETTLE_S = 15.0
 REST_S = 20.0
+SIDES = ("stock", "deployment", "simulation")
+GATEWAY = 50  # the gateway's port, counted from its side's first
 
 
 @dataclass(frozen=True)
@@ -254,7 +259,7 @@ def deployment(bench: Bench, port: int) -> Measured:
     """medfed on 20 SuperNodes, as ``medfed up`` starts them, with the gateway in front."""
     home, names = bench.home, roster.load().names
     certs.issue(home.certs, names)
-    with gateway(home.certs, home.root / "gateway", port, port + 50) as fleet:
+    with gateway(home.certs, home.root / "gateway", port, port + GATEWAY) as fleet:
         return _deployed(bench, port, fleet)
 
 
@@ -364,6 +369,79 @@ def _wait(done: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.5)
 
 
+def preflight(sides: Iterable[str], port: int, other: Path | None = None) -> list[str]:
+    """What is missing on this machine, before minutes are spent on it: a line for each.
+
+    Args:
+        sides: what is to be measured.
+        port: the first side's; each side has 100 of its own.
+        other: interpreter of the environment to measure against.
+    """
+    found = []
+    if other and not _has_flower(other):
+        found.append(
+            f"expected an interpreter with Flower in {other}, found none; hint: make setup-oldest"
+        )
+    nodes = len(roster.load().names)
+    wanted: list[int] = []
+    for number, side in enumerate(SIDES):
+        first = port + 100 * number
+        if side in sides and side != "simulation":  # which takes any free port
+            wanted += [*range(first, first + nodes + 1)]
+        if side in sides and side == "deployment":
+            wanted.append(first + GATEWAY)
+            if shutil.which("nginx") is None:
+                found.append("expected nginx for the gateway, found none on PATH; "
+                             "hint: apt-get install nginx-light")  # fmt: skip
+    if taken := [one for one in wanted if _listens(one)]:
+        found.append(
+            f"expected free ports from {port}, found {', '.join(map(str, taken))} in use; "
+            "hint: --port, or end what listens there"
+        )
+    return found
+
+
+def _has_flower(python: Path) -> bool:
+    look = [str(python), "-c", "from importlib.metadata import version; version('flwr')"]
+    try:
+        return subprocess.run(look, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def against(python: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The deployment as another environment measures it, with the same settings.
+
+    Args:
+        python: its interpreter; SuperLink, SuperNodes and ClientApps are started from there.
+        options: of this run.
+    """
+    command = [str(python), "-m", "benchmarks.rounds", "--only", "deployment", "--json"]
+    for name in ("rounds", "steps", "batch", "model", "quantization", "dataset", "port"):
+        command += [f"--{name}", str(getattr(options, name))]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(
+        command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"error: {python} could not measure its deployment, see above")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return {"flower": found["flower"], **found["deployment"]}
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for logs and state, which stays where it is if something fails."""
+    folder = Path(tempfile.mkdtemp(prefix="medfed-rounds-"))
+    folder.chmod(0o711)
+    try:
+        yield folder
+    except BaseException:
+        say(f"what has been written stays in {folder}")
+        raise
+    shutil.rmtree(folder)
+
+
 def machine() -> dict[str, Any]:
     """Where the figures come from."""
     cpu = next(
@@ -416,13 +494,22 @@ def main() -> int:
     )
     parser.add_argument("--dataset", default="local/hpo-flashcards")
     parser.add_argument("--port", type=int, default=21000)
-    parser.add_argument("--only", choices=["stock", "deployment", "simulation"], action="append")
+    parser.add_argument("--only", choices=SIDES, action="append")
+    parser.add_argument(
+        "--against", type=Path, help="interpreter of another environment, to measure beside this"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--save", action="store_true", help="keep it under benchmarks/results/")
     parser.add_argument("--chart", type=Path, help="draw where a round's time goes (PNG)")
     options = parser.parse_args()
+    if options.against and options.only and "deployment" not in options.only:
+        parser.error("--against is for the deployment, which --only leaves out")
     if options.rounds < 2:
         parser.error("expected at least 2 rounds: the first is not counted")
+    if problems := preflight(options.only or SIDES, options.port, options.against):
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 1
     # Else Flower leaves routine requests out of the access log, which is where they are counted.
     os.environ["FLWR_LOG_LEVEL"] = "DEBUG"
     prepared = Home.from_environment()
@@ -430,23 +517,28 @@ def main() -> int:
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine(),
+        "flower": metadata.version("flwr"),
         "options": {
             name: getattr(options, name)
             for name in ("rounds", "steps", "batch", "model", "quantization")
         },
     }
-    with tempfile.TemporaryDirectory(prefix="medfed-rounds-") as scratch:
-        Path(scratch).chmod(0o711)
+    with scratch_folder() as scratch:
         for number, (name, measure) in enumerate(sides.items()):
             if options.only and name not in options.only:
                 continue
             say(f"{name}: starting")
-            bench = Bench(Path(scratch) / name, prepared, options)
+            bench = Bench(scratch / name, prepared, options)
             result[name] = asdict(measure(bench, options.port + 100 * number))
             say(
                 f"{name}: round {result[name]['round_s']:.2f} s, "
                 f"overhead {result[name]['overhead_s']:.2f} s"
             )
+    if options.against:
+        say(f"against: the deployment of {options.against}")
+        result["against"] = against(options.against, options)
+        ratio = result["deployment"]["overhead_s"] / max(result["against"]["overhead_s"], 1e-9)
+        result["overhead_over_against"] = ratio
     if "stock" in result and "deployment" in result:
         ratio = result["stock"]["overhead_s"] / max(result["deployment"]["overhead_s"], 1e-9)
         result["overhead_ratio"] = ratio
@@ -463,7 +555,7 @@ def main() -> int:
     if options.json:
         print(json.dumps(result))
     else:
-        for name in ("overhead_ratio", "deployment_over_simulation"):
+        for name in ("overhead_ratio", "deployment_over_simulation", "overhead_over_against"):
             if name in result:
                 print(f"{name}: {result[name]:.2f}")
     return 0

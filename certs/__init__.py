@@ -1,6 +1,7 @@
 """The federation's PKI: a CA, what it signs, one key pair for each SuperNode; and their lives."""
 
-from .errors import CertsError
+from common.errors import CertsError
+
 from .life import begin_rotation, expiring, finish_rotation, renew, switch_rotation
 from .members import Revocation, enrol, revocations, revoke, revoked_names
 from .store import Issued, Record, inspect, issue

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import stat
-import tempfile
 from pathlib import Path
 
-from .errors import CertsError
-
-PRIVATE, PUBLIC = 0o600, 0o644
+from common import files
+from common.errors import CertsError
+from common.files import PRIVATE as PRIVATE
+from common.files import PUBLIC as PUBLIC
 
 
 def make_folder(folder: Path) -> None:
@@ -33,23 +32,7 @@ def write(path: Path, content: bytes, mode: int) -> None:
     Raises:
         CertsError: the folder cannot be written to.
     """
-    try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as stream:  # mkstemp made it 0600
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(name).chmod(mode)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise CertsError(
-            f"expected to write {path}, found: {error.strerror}",
-            f"the folder must be writable by this user (uid {os.getuid()})",
-        ) from None
+    files.write_or_say(path, content, mode, error=CertsError)
 
 
 def read(path: Path) -> bytes | None:
@@ -76,11 +59,9 @@ def read_private(path: Path) -> bytes | None:
         CertsError: it cannot be read, or others may read or write it.
     """
     content = read(path)
-    if content is not None and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
-        raise CertsError(
-            f"expected {path} to be its owner's only (0600), found {mode:04o}",
-            f"chmod 600 {path}, and if others could have read it, delete it and issue a new one",
-        )
+    if content is not None:
+        hint = f"chmod 600 {path}, and if others could have read it, delete it and issue a new one"
+        files.check_private(path, CertsError, hint)
     return content
 
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 import base64
 import hashlib
 
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
     PublicFormat,
-    load_ssh_private_key,
-    load_ssh_public_key,
 )
 
-from .errors import CertsError
+from common import keys
+from common.errors import CertsError
 
 
 def private_to_openssh(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -40,20 +38,8 @@ def private_from_openssh(content: bytes, where: object) -> ec.EllipticCurvePriva
     Raises:
         CertsError: it is another kind of key, or none.
     """
-    try:
-        key = load_ssh_private_key(content, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise CertsError(
-            f"expected an OpenSSH private key without a passphrase in {where}, "
-            "found something else",
-            "move the file and its .pub away and run `medfed certs issue` again",
-        ) from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise CertsError(
-            f"expected an elliptic-curve key in {where}, found {type(key).__name__}",
-            "move the file and its .pub away and run `medfed certs issue` again",
-        )
-    return key
+    hint = "move the file and its .pub away and run `medfed certs issue` again"
+    return keys.private_key(content, where, CertsError, hint)
 
 
 def public_from_openssh(content: bytes, where: object) -> ec.EllipticCurvePublicKey:
@@ -62,19 +48,8 @@ def public_from_openssh(content: bytes, where: object) -> ec.EllipticCurvePublic
     Raises:
         CertsError: it is another kind of key, or none.
     """
-    try:
-        key = load_ssh_public_key(content)
-    except (ValueError, UnsupportedAlgorithm):
-        raise CertsError(
-            f"expected an OpenSSH public key in {where}, found something else",
-            "ask the SuperNode's owner for its .pub file again",
-        ) from None
-    if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise CertsError(
-            f"expected an elliptic-curve key in {where}, found {type(key).__name__}",
-            "Flower takes keys on a NIST curve: ssh-keygen -t ecdsa -b 384",
-        )
-    return key
+    hint = "ask the SuperNode's owner for its .pub file again"
+    return keys.public_key(content, where, CertsError, hint)
 
 
 def fingerprint(key: ec.EllipticCurvePublicKey) -> str:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from cryptography import x509
 
+from common.errors import CertsError
+
 from . import files, pki
-from .errors import CertsError
 from .store import Record, inspect, leaves, signer
 
 _NEXT = "next-ca.key"

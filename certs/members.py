@@ -14,8 +14,9 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from common.errors import CertsError
+
 from . import files, keys
-from .errors import CertsError
 
 FILE_NAME = "revoked.json"
 

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from .errors import CertsError
+from common.errors import CertsError
 
 CA_LIFETIME = timedelta(days=5 * 365)
 SUPERLINK_LIFETIME = timedelta(days=365)

@@ -22,8 +22,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from common.errors import CertsError
+
 from . import files, keys, members, pki
-from .errors import CertsError
 
 Kind = Literal["ca", "superlink", "operator", "supernode"]
 Signer = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]

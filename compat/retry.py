@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace as but_with
 from importlib import import_module
 from logging import ERROR, INFO, WARNING
 from typing import Any, ParamSpec, TypeVar
@@ -28,6 +29,8 @@ from typing import Any, ParamSpec, TypeVar
 import httpx
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import RunNotRunningException
+
+from common.retry import RetryPolicy
 
 from .digests import replace
 from .hooks import Hook
@@ -51,8 +54,8 @@ HOOK = Hook(
         "flwr.supercore.protobuf.client": {"ProtobufClient.__init__": "ea57554c6ab40501"},
     },
 )
-LONGEST_WAIT_S = 8
-GIVE_UP_AFTER_S = 300.0
+FOR_MINUTES = RetryPolicy(first_s=1.0, longest_s=8.0, jitter=0.5, give_up_s=300.0)
+FOR_EVER = but_with(FOR_MINUTES, give_up_s=float("inf"))
 _CONNECT_S = 5.0
 # Refusals that say "not now"; everything below 500 that is not among them says "no".
 _NOT_NOW = (408, 425, 429)
@@ -74,8 +77,8 @@ def always(_error: Exception) -> bool:
     return True
 
 
-class RetryPolicy:
-    """Tries again, with waits that double up to ``LONGEST_WAIT_S`` and are cut at random.
+class Retrier:
+    """Calls functions again that failed, and says so in the log.
 
     Args:
         sleep: how to wait.
@@ -95,7 +98,7 @@ class RetryPolicy:
         self,
         what: str,
         function: Callable[Parameters, Answer],
-        seconds: float = GIVE_UP_AFTER_S,
+        policy: RetryPolicy = FOR_MINUTES,
         retriable: Callable[[Exception], bool] = is_transient,
     ) -> Callable[Parameters, Answer]:
         """``function``, called again until it succeeds.
@@ -103,26 +106,26 @@ class RetryPolicy:
         Args:
             what: it does, for the log.
             function: to call.
-            seconds: after which its last exception is let out.
+            policy: when to call it again; its last exception is let out where that gives up.
             retriable: whether an exception is one after which to try again.
         """
 
         def retried(*arguments: Parameters.args, **options: Parameters.kwargs) -> Answer:
             from flwr.common import log
 
-            began, wait, tries = self._clock(), 1.0, 0
+            waits, tries = policy.waits(self._clock, self._draw), 0
             while True:
                 try:
                     answer = function(*arguments, **options)
                 except RunNotRunningException:
                     raise
                 except Exception as error:
-                    if not retriable(error) or self._clock() - began >= seconds:
+                    wait = next(waits, None) if retriable(error) else None
+                    if wait is None:
                         raise
-                    pause = self._draw(wait / 2, wait)
-                    log(WARNING, "Could not %s: %s; again in %.1f s", what, error, pause)
-                    self._sleep(pause)
-                    wait, tries = min(2 * wait, LONGEST_WAIT_S), tries + 1
+                    log(WARNING, "Could not %s: %s; again in %.1f s", what, error, wait)
+                    self._sleep(wait)
+                    tries += 1
                 else:
                     if tries:
                         log(INFO, "Could %s after %d more attempts", what, tries)
@@ -175,22 +178,22 @@ class Delivery:
                     self._push_object(run_id, renewed, object_id, content)
 
 
-def with_retries(connection: tuple[Any, ...], policy: RetryPolicy) -> tuple[Any, ...]:
+def with_retries(connection: tuple[Any, ...], retrier: Retrier) -> tuple[Any, ...]:
     """What Flower's ``http_request_response`` yields, with every request under a retry policy."""
     node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
     delivery = Delivery(
-        policy.retrying("hand over a reply", send),
-        policy.retrying("hand over a part of a reply", push_object),
+        retrier.retrying("hand over a reply", send),
+        retrier.retrying("hand over a part of a reply", push_object),
     )
     return (
         node_id,
-        policy.retrying("ask for messages", receive, float("inf"), always),
+        retrier.retrying("ask for messages", receive, FOR_EVER, always),
         delivery.send,
-        _or_drop_the_message(policy.retrying("ask about a run", get_run)),
-        _or_drop_the_message(policy.retrying("fetch an app", get_fab)),
-        policy.retrying("fetch a part of a message", pull_object),
+        _or_drop_the_message(retrier.retrying("ask about a run", get_run)),
+        _or_drop_the_message(retrier.retrying("fetch an app", get_fab)),
+        retrier.retrying("fetch a part of a message", pull_object),
         delivery.push_object,
-        policy.retrying("confirm a message", confirm),
+        retrier.retrying("confirm a message", confirm),
     )
 
 
@@ -213,7 +216,7 @@ def _or_drop_the_message(function: Callable[Parameters, Answer]) -> Callable[Par
 
 def install() -> None:
     """Put the connection that this process is about to open under a retry policy."""
-    replace(_RETRY, "MAX_RETRY_DELAY", LONGEST_WAIT_S)
+    replace(_RETRY, "MAX_RETRY_DELAY", FOR_MINUTES.longest_s)
     fleet: Any = import_module(_CONNECTION)
     stock: Any = fleet.FleetHttpClient
 
@@ -230,6 +233,6 @@ def install() -> None:
     @contextmanager
     def connect_with_retries(*arguments: Any, **options: Any) -> Iterator[tuple[Any, ...]]:
         with connect(*arguments, **options) as connection:
-            yield with_retries(connection, RetryPolicy())
+            yield with_retries(connection, Retrier())
 
     replace(_WORKER, "http_request_response", connect_with_retries)

@@ -24,10 +24,13 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from logging import ERROR, INFO, WARNING
 from types import SimpleNamespace
 from typing import Any
+
+from common.retry import RetryPolicy
 
 from . import superexec
 from .digests import replace
@@ -70,7 +73,7 @@ HOOK = Hook(
 _EXECUTOR = "flwr.supercore.superexec.executor.subprocess_executor"
 _PROGRAM = "flwr-serverapp"
 STEADY_S = 60.0
-_LONGEST_WAIT_S = 30.0
+_RESTARTS = RetryPolicy(first_s=1.0, longest_s=30.0)
 MOST_QUICK_DEATHS = 8
 # A day of heartbeat intervals: what has a watch on its process needs no other proof of life.
 _PATIENCE = 2880
@@ -136,15 +139,15 @@ class Restarts:
     """
 
     def __init__(self) -> None:
-        self._quick: dict[int, int] = {}
+        self._quick: dict[int, Iterator[float]] = {}
 
     def wait(self, run_id: int, lived: float) -> float | None:
         """Seconds to wait after a death, ``lived`` seconds after the start; None: give up."""
-        quick = self._quick.get(run_id, 0) + 1 if lived < STEADY_S else 0
-        self._quick[run_id] = quick
-        if quick > MOST_QUICK_DEATHS:
-            return None
-        return min(2.0 ** (quick - 2), _LONGEST_WAIT_S) if quick > 1 else 0.0
+        if lived >= STEADY_S:
+            self._quick.pop(run_id, None)
+            return 0.0
+        waits = chain([0.0], islice(_RESTARTS.waits(), MOST_QUICK_DEATHS - 1))
+        return next(self._quick.setdefault(run_id, waits), None)
 
 
 class ServerAppWatchdog:

@@ -23,23 +23,6 @@ def jsonl(rows: Iterable[Mapping[str, object]]) -> bytes:
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
-def write_file(file: Path, content: bytes) -> None:
-    """Write ``content`` to ``file`` so that a reader sees the old file or all of the new one.
-
-    The mode follows the umask: containers read these files under another user id.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with draft.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 @contextmanager
 def scratch_folder(beside: Path) -> Iterator[Path]:
     """An empty folder on the same file system as ``beside``, gone at the end unless moved away.

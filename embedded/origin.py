@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from embedded.files import sha256, write_file
+from common import files
+from embedded.files import sha256
 
 NAME = "ORIGIN.json"
 
@@ -66,4 +67,4 @@ def _stamp(file: Path) -> dict[str, int]:
 
 
 def _write(folder: Path, recorded: Mapping[str, object]) -> None:
-    write_file(folder / NAME, json.dumps(recorded, indent=2, ensure_ascii=False).encode() + b"\n")
+    files.write(folder / NAME, json.dumps(recorded, indent=2, ensure_ascii=False).encode() + b"\n")

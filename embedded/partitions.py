@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from common.files import write
 from embedded import origin
-from embedded.files import jsonl, write_file
+from embedded.files import jsonl
 
 
 def prepare(
@@ -51,7 +52,7 @@ def prepare(
     for name, partition_id in ids.items():
         cards = dataset.partition(len(ids), partition_id)
         files.append(partitions / name / "train.jsonl")
-        write_file(files[-1], jsonl(dict(card) for card in cards))
+        write(files[-1], jsonl(dict(card) for card in cards))
         done(name, len(cards))
     origin.record(partitions, facts, files)
     return True

@@ -10,7 +10,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedded.errors import EmbeddedError
+from common.errors import EmbeddedError
 from embedded.files import sha256
 
 WHEELHOUSE = "MEDFED_WHEELHOUSE"

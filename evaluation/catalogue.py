@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from common.errors import EvaluationError
 from evaluation.careqa import CareQA
-from evaluation.errors import EvaluationError
 from evaluation.medmcqa import MedMCQA
 from evaluation.medqa import MedQA
 from evaluation.pubmedqa import PubMedQA

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from app.training.attention import SharedPrefix
 from app.training.fused import fused
-from evaluation.errors import EvaluationError
+from common.errors import EvaluationError
 from evaluation.model import Subject
 from evaluation.prompts import (
     next_token_logits,

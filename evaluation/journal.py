@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from evaluation.errors import EvaluationError
+from common.errors import EvaluationError
 from evaluation.generate import Answer, Request
 
 # Part of every key: a change to how answers come about must not find old ones.

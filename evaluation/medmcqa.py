@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evaluation.errors import EvaluationError
+from common.errors import EvaluationError
 from evaluation.task import LETTERS, HubSource, Row, Task, multiple_choice
 
 ENTRANCE_EXAM = (

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from app.training.model import model_source
-from evaluation.errors import EvaluationError
+from common.errors import EvaluationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

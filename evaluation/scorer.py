@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.errors import EvaluationError
+from common.errors import EvaluationError
 from evaluation.statistics import wilson
 from evaluation.task import Task
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evaluation.errors import EvaluationError
+from common.errors import EvaluationError
 from evaluation.task import Row, Task
 
 # Where the hub keeps the Parquet that it makes out of data sets with loading scripts.

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from evaluation.errors import EvaluationError
+from common.errors import EvaluationError
 
 Row = Mapping[str, Any]
 

@@ -5,11 +5,15 @@ Start-up imports nothing heavy: every verb imports what it needs when it is call
 
 from __future__ import annotations
 
+import platform
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import click
 import typer
 
+from common.errors import tell
 from medfed.commands import (
     certs,
     communication,
@@ -32,7 +36,6 @@ from medfed.commands import (
 
 app = typer.Typer(
     name="medfed",
-    help="A federation of hospitals that fine-tunes a language model; their data stays with them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -60,6 +63,23 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("score")(evaluate.score)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        versions = (f"{name} {metadata.version(name)}" for name in ("medfed", "flwr"))
+        print(f"{', '.join(versions)}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the versions."),
+    ] = False,
+) -> None:
+    """A federation of hospitals that fine-tunes a language model; their data stays with them."""
+
+
 def main() -> None:
     """Entry point: errors meant for people come out as one line and a hint, never a traceback."""
     try:
@@ -73,14 +93,9 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        hint = getattr(error, "hint", None)
-        if hint is None:
+        if not hasattr(error, "hint"):
             raise
-        message = str(error.args[0]) if error.args else str(error)
-        print(f"error: {message}", file=sys.stderr)
-        if hint:
-            print(f"hint: {hint}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(tell(error))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from app.server.communication import BUDGET_MB, MB
-from medfed.errors import MedfedError
+from common.errors import MedfedError
 from medfed.paths import Home
 from medfed.records import Record
 from medfed.runs import default_config

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
-from medfed.errors import MedfedError
+from common.errors import MedfedError
+from common.files import replacing
 
 _CA_IN_SUPERLINK = "superlink:/medfed/certs/ca.crt"
 
@@ -31,12 +31,8 @@ def fetch_ca(project: Path, place: Path) -> None:
         ComposeError: Docker Compose is not there, or the SuperLink does not run.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(f".{place.name}.{os.getpid()}")
-    try:
-        _compose(project, "cp", _CA_IN_SUPERLINK, str(partial))
-        partial.replace(place)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(place) as draft:
+        _compose(project, "cp", _CA_IN_SUPERLINK, str(draft))
 
 
 def fetch_run(project: Path, run_id: int, place: Path) -> None:

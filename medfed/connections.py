@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import SuperLinkError
 from medfed.paths import Home
 from medfed.processes import FederationError, load
-from superlink.errors import SuperLinkError
 
 DEPLOYMENT, SIMULATION = "local-deployment", "local-simulation"
 DEFAULT_ADDRESS = "127.0.0.1:8000"

@@ -7,12 +7,12 @@ and the provision service, which has everything, lays in each what its owner may
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from medfed.errors import MedfedError
+from common import files
+from common.errors import MedfedError
 from medfed.paths import Home
 
 _PRIVATE, _PUBLIC = 0o600, 0o644
@@ -101,11 +101,5 @@ def _lay(source: Path, target: Path, mode: int) -> int:
     if target.is_file() and target.read_bytes() == content:
         return 0
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(target)
+    files.write(target, content, mode)
     return 1

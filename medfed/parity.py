@@ -16,9 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from app.adapter.layout import TENSOR_DIGITS
-from embedded.files import write_file
+from common import files
+from common.errors import MedfedError
 from medfed import composed, engines, records
-from medfed.errors import MedfedError
 from medfed.paths import Home
 from medfed.records import Record, Round
 from medfed.runs import PROJECT, RunConfig
@@ -159,7 +159,7 @@ def prove(
         "disturbed": disturb,
         "folder": str(folder),
     }
-    write_file(folder / "parity.json", json.dumps(result, indent=2).encode())
+    files.write(folder / "parity.json", json.dumps(result, indent=2).encode())
     return result
 
 

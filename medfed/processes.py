@@ -14,7 +14,6 @@ import re
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 import certs
+from common import files
+from common.errors import MedfedError
 from embedded import model as embedded_model
-from medfed.errors import MedfedError
 from medfed.paths import Home
 from superlink import health
 from superlink.preflight import check_port_is_free
@@ -547,8 +547,8 @@ def _start_supernodes(
 
 def _wait_online(home: Home, federation: Federation, deadline_s: float, progress: Progress) -> None:
     """Wait for all SuperNodes; a process that ends, or the deadline, is an error with its log."""
+    from common.errors import SuperLinkError
     from superlink.control import Control
-    from superlink.errors import SuperLinkError
 
     processes = {process.name: process for process in federation.supernodes}
     online: set[str] = set()
@@ -655,9 +655,4 @@ def _pss(root: psutil.Process) -> int | None:
 
 def _save(home: Home, federation: Federation) -> None:
     """Write the record: whole, or not at all."""
-    descriptor, name = tempfile.mkstemp(dir=home.root, prefix=".federation.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        json.dump(asdict(federation), stream, indent=2)
-        stream.flush()
-        os.fsync(stream.fileno())
-    Path(name).replace(home.federation)
+    files.write(home.federation, json.dumps(asdict(federation), indent=2).encode(), files.PRIVATE)

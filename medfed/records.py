@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medfed.errors import MedfedError
+from common.errors import MedfedError
 from medfed.paths import Home
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader
 
 from app.server.communication import MB
-from embedded.files import write_file
+from common import files
+from common.errors import MedfedError
 from medfed.communication import of_run
-from medfed.errors import MedfedError
 from medfed.paths import Home
 from medfed.records import Record
 
@@ -42,7 +42,7 @@ def write(home: Home, record: Record) -> Path:
     folder = record.folder / "plots"
     pictures = {name: _draw(draw, record) for name, draw in PLOTS.items()}
     for name, picture in pictures.items():
-        write_file(folder / f"{name}.png", picture)
+        files.write(folder / f"{name}.png", picture)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template(_TEMPLATE).render(
         run=record,
@@ -51,7 +51,7 @@ def write(home: Home, record: Record) -> Path:
         participation=participation(record),
     )
     path = record.folder / "report.html"
-    write_file(path, page.encode())
+    files.write(path, page.encode())
     return path
 
 

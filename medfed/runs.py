@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from app.config import RENAMED, current_names
-from medfed.errors import MedfedError
+from common.errors import MedfedError
 from medfed.paths import Home
 from medfed.records import Record, find
 
@@ -153,7 +153,7 @@ def _ending(control: Control, run_id: int, console: Console) -> Callable[[], boo
     Raises:
         SuperLinkError: when it is called and the SuperLink has been away for too long.
     """
-    from superlink.errors import SuperLinkError
+    from common.errors import SuperLinkError
 
     away_since: float | None = None
 

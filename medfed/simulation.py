@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from medfed.errors import MedfedError
+from common.errors import MedfedError
 from medfed.paths import Home
 from medfed.processes import last_line
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -19,9 +18,10 @@ from typing import Any
 from app.adapter.layout import digest, pack
 from app.digests import app_digest
 from app.server.communication import BUDGET_MB, MB
+from common import files
+from common.errors import MedfedError
 from evaluation.catalogue import tasks
 from medfed import parity
-from medfed.errors import MedfedError
 from medfed.paths import Home
 from medfed.records import Record
 
@@ -251,13 +251,9 @@ def submit(entry: Entry, target: Path) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / target.name.removesuffix(".tar.gz")
         _lay_out(entry, root)
-        partial = target.with_name(f".{target.name}.partial")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(partial, "w:gz") as archive:
+        with files.replacing(target) as draft, tarfile.open(draft, "w:gz") as archive:
             archive.add(root, arcname=root.name)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(target)
     return target
 
 
@@ -366,7 +362,7 @@ Communication: {used:.2f} MB of {BUDGET_MB:,} MB (`comm_cost.txt`).
 Run it again:
 
 ```shell
-pip install -r requirements/runtime.txt
+sh requirements/install.sh python runtime
 flwr run . local-simulation
 ```
 """

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import certs
-from medfed.errors import MedfedError
+from common.errors import MedfedError
 
 HOST = "127.0.0.1"
 _PIECE = 1 << 16

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from medfed.errors import MedfedError
+from common.errors import MedfedError
 
 _CODE = Path(__file__).resolve().parents[1]
 

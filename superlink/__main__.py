@@ -14,8 +14,9 @@ import os
 import sys
 from pathlib import Path
 
+from common.errors import SuperLinkError, tell
+
 from .command import DEFAULT_PORT, Settings, arguments, environment
-from .errors import SuperLinkError
 
 
 def parse(argv: list[str]) -> Settings:
@@ -53,10 +54,7 @@ def main(argv: list[str]) -> int:
                 file=sys.stderr,
             )
     except SuperLinkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        return 1
+        return tell(error)
 
     os.environ.update(environment(settings, os.environ, Path(sys.executable).parent))
     from compat.superlink import run_superlink

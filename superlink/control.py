@@ -16,13 +16,10 @@ from types import TracebackType
 from typing import Self
 
 import httpx
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_ssh_public_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from common import keys
+from common.errors import SuperLinkError
 from compat.control_api import (
     HEARTBEAT_PATIENCE,
     CliClientHttpInterceptor,
@@ -42,8 +39,6 @@ from compat.control_api import (
     fab_to_proto,
     user_config_to_proto,
 )
-
-from .errors import SuperLinkError
 
 _POLL_S = 0.5
 
@@ -356,17 +351,13 @@ class Control:
 
 def _public_key(path: Path) -> bytes:
     try:
-        key = load_ssh_public_key(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise SuperLinkError(
             f"expected the public key {path}, found: {error.strerror}",
             "`medfed certs issue` makes key pairs; a hospital sends its .pub file",
         ) from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise SuperLinkError(
-            f"expected an OpenSSH public key in {path}, found something else",
-            "ask for the .pub file again",
-        ) from None
+    key = keys.public_key(content, path, SuperLinkError, "ask for the .pub file again")
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 

@@ -8,16 +8,15 @@ and start the former Flower (docs/upgrading.md).
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from common import files
+from common.errors import SuperLinkError
 from compat import state_database
-
-from .errors import SuperLinkError
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,10 @@ def back_up_before_migration(database: Path) -> Path | None:
             _way_back(database),
         )
     copy = backup_path(database, migration)
-    partial = copy.with_name(f".{copy.name}.partial")
     try:
-        partial.unlink(missing_ok=True)
-        _copy(database, partial)
-        partial.replace(copy)
-        _sync(copy.parent)
+        with files.replacing(copy, files.PRIVATE) as draft:
+            _copy(database, draft)
     except (OSError, sqlite3.Error) as error:
-        partial.unlink(missing_ok=True)
         raise SuperLinkError(
             f"expected to back {database} up to {copy} before Flower migrates it, found: {error}",
             f"make room for {database.stat().st_size / 2**20:.0f} MB there; nothing was changed",
@@ -98,22 +93,10 @@ def backups_of(database: Path) -> list[Path]:
     return sorted(found, key=lambda copy: copy.stat().st_mtime)
 
 
-def _copy(database: Path, partial: Path) -> None:
+def _copy(database: Path, draft: Path) -> None:
     """SQLite's own backup, which takes in what is still in the write-ahead log."""
-    descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    os.close(descriptor)
-    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(partial)) as target:
+    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(draft)) as target:
         source.backup(target)
-    with partial.open("rb") as written:
-        os.fsync(written.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _way_back(database: Path) -> str:

@@ -6,7 +6,6 @@ import errno
 import os
 import socket
 import sqlite3
-import stat
 import tempfile
 from contextlib import closing
 from datetime import UTC, datetime
@@ -20,8 +19,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from common import files
+from common.errors import SuperLinkError
+
 from .command import Settings
-from .errors import SuperLinkError
 
 _ROOM = 4 * 2**20  # bytes; a few rounds' worth of state
 _ISSUE = "`medfed certs issue` makes a CA and a certificate that belong together"
@@ -51,12 +52,7 @@ def check_certificates(certificate: Path, key: Path, ca: Path) -> None:
         raise SuperLinkError(
             f"expected a PEM private key without a passphrase in {key}, found: {error}", _ISSUE
         ) from None
-    mode = stat.S_IMODE(key.stat().st_mode)
-    if mode & 0o077:
-        raise SuperLinkError(
-            f"expected the private key {key} to be its owner's only (0600), found {mode:04o}",
-            f"chmod 600 {key}",
-        )
+    files.check_private(key, SuperLinkError, f"chmod 600 {key}")
     form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     if private.public_key().public_bytes(*form) != served.public_key().public_bytes(*form):
         raise SuperLinkError(

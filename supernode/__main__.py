@@ -14,8 +14,9 @@ import os
 import sys
 from pathlib import Path
 
+from common.errors import SuperNodeError, tell
+
 from .command import DEFAULT_RUNTIME_PORT, Settings, arguments, environment
-from .errors import SuperNodeError
 from .roster import DEFAULT_ROSTER, load
 
 
@@ -98,10 +99,7 @@ def main(argv: list[str]) -> int:
         node_id = enrolment.enrol(settings, timeout)
         connection.record(settings, node_id)
     except SuperNodeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        return 1
+        return tell(error)
     except KeyboardInterrupt:
         return 130
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import SuperNodeError
+from common.errors import SuperNodeError
+
 from .roster import SuperNodeEntry
 
 # Every library that starts a pool of threads looks at one of these.

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .errors import SuperNodeError
+from common.errors import SuperNodeError
+
 from .roster import Roster
 
 FILES = ("docker-compose.yml", "docker-compose.gpu.yml", "docker-compose.gate.yml")

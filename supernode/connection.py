@@ -14,6 +14,8 @@ import logging
 import os
 from pathlib import Path
 
+from common import files
+
 from .command import Settings
 
 FILE_NAME = "connection.json"
@@ -43,7 +45,6 @@ class _Evidence(logging.Handler):
 def record(settings: Settings, node_id: int) -> None:
     """Write the file and keep it fresh for as long as requests to the SuperLink succeed."""
     path = file()
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "name": settings.name,
         "node-id": node_id,
@@ -52,12 +53,7 @@ def record(settings: Settings, node_id: int) -> None:
         "runtime-port": settings.runtime_port,
         "pid": os.getpid(),
     }
-    temporary = path.with_suffix(f".{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    files.write(path, json.dumps(content).encode())
     logger = logging.getLogger("httpx")
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -16,9 +16,10 @@ from contextlib import suppress
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from common.errors import SuperNodeError
+
 from .command import Settings
 from .connection import last_node_id
-from .errors import SuperNodeError
 from .preflight import read_key
 
 _RETRY_S = 3.0

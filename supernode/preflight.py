@@ -6,23 +6,18 @@ import csv
 import os
 import socket
 import ssl
-import stat
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_ssh_private_key,
-    load_ssh_public_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from common import files, keys
+from common.errors import SuperNodeError
 
 from .command import Settings, node_config
-from .errors import SuperNodeError
 
 _ROW_FILES = (".jsonl", ".csv", ".parquet")
 _CONNECT_TIMEOUT_S = 5.0
@@ -54,7 +49,6 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """
     try:
         content = path.read_bytes()
-        mode = stat.S_IMODE(path.stat().st_mode)
     except FileNotFoundError:
         raise SuperNodeError(
             f"expected this SuperNode's private key at {path}, found no such file",
@@ -65,24 +59,9 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
             f"expected to read the private key {path}, found: {error.strerror}",
             f"it must be readable by the user that runs the SuperNode (uid {os.getuid()})",
         ) from None
-    if mode & 0o077:
-        raise SuperNodeError(
-            f"expected the private key {path} to be its owner's only (0600), found {mode:04o}",
-            f"chmod 600 {path}",
-        )
-    try:
-        key = load_ssh_private_key(content, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise SuperNodeError(
-            f"expected an OpenSSH private key without a passphrase in {path}, found: {error}",
-            "`medfed certs issue` writes the form that Flower takes",
-        ) from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise SuperNodeError(
-            f"expected an elliptic-curve key in {path}, found {type(key).__name__}",
-            "ssh-keygen -t ecdsa -b 384, or `medfed certs issue`",
-        )
-    return key
+    files.check_private(path, SuperNodeError, f"chmod 600 {path}")
+    hint = "`medfed certs issue` writes the form that Flower takes"
+    return keys.private_key(content, path, SuperNodeError, hint)
 
 
 def check_key(name: str, key: Path, public_keys: Path) -> None:
@@ -115,13 +94,13 @@ def check_key(name: str, key: Path, public_keys: Path) -> None:
 
 def _read_public(path: Path) -> bytes | None:
     try:
-        return _public_bytes(load_ssh_public_key(path.read_bytes()))
-    except (OSError, ValueError, UnsupportedAlgorithm):
+        return _public_bytes(keys.public_key(path.read_bytes(), path, SuperNodeError, ""))
+    except (OSError, SuperNodeError):
         return None
 
 
-def _public_bytes(key: object) -> bytes:
-    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)  # type: ignore[attr-defined, no-any-return]
+def _public_bytes(key: ec.EllipticCurvePublicKey) -> bytes:
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
 
 
 def trust(ca: Path) -> ssl.SSLContext:

@@ -24,7 +24,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from .errors import SuperNodeError
+from common.errors import SuperNodeError
 
 DEFAULT_ROSTER = Path(__file__).parent / "roster.toml"
 

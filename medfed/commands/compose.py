@@ -26,7 +26,7 @@ def render(
     project: Annotated[Path, typer.Option(help="The folder of the Compose files.")] = Path(),
 ) -> None:
     """Make the Compose files say what the roster says."""
-    from embedded.files import write_file
+    from common.files import write
     from supernode import compose
     from supernode.roster import load
 
@@ -35,7 +35,7 @@ def render(
         if check:
             typer.echo(f"{path.name} differs from the roster", err=True)
         else:
-            write_file(path, text.encode())
+            write(path, text.encode())
             typer.echo(f"rendered {path.name}")
     if check and different:
         typer.echo("hint: medfed compose render", err=True)

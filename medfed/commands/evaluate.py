@@ -59,8 +59,8 @@ def evaluate(
 
     An evaluation that was cut off goes on where it stopped when it is started again.
     """
+    from common.errors import EvaluationError
     from evaluation.catalogue import tasks
-    from evaluation.errors import EvaluationError
     from evaluation.sources import find_file
     from medfed.paths import Home
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medfed.errors import MedfedError
+from common.errors import MedfedError
 
 if TYPE_CHECKING:
     from supernode.gate.site import Site

@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from ..errors import SuperLinkError
+from common.errors import SuperLinkError, tell
+
 from .config import Settings, render
 
 _LOOK_S = 1.0
@@ -158,7 +159,7 @@ def main(argv: list[str]) -> int:
         settings.scratch.mkdir(parents=True, exist_ok=True)
         gateway = Gateway(settings)
     except SuperLinkError as error:
-        return _say(error)
+        return tell(error)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise SystemExit(0)
@@ -173,13 +174,6 @@ def main(argv: list[str]) -> int:
         return 1
     finally:
         gateway.stop()
-
-
-def _say(error: SuperLinkError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

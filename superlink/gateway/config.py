@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import SuperLinkError
+from common.errors import SuperLinkError
+
 from . import keys
 
 _TEMPLATES = Path(__file__).parent / "conf"

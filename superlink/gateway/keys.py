@@ -12,7 +12,7 @@ import binascii
 import struct
 from pathlib import Path
 
-from ..errors import SuperLinkError
+from common.errors import SuperLinkError
 
 # What stands before the point of a public key in SubjectPublicKeyInfo (RFC 5480), by OpenSSH curve.
 _PREFIXES = {

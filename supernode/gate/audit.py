@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import SuperNodeError
-from .files import write
+from common.errors import SuperNodeError
+from common.files import PRIVATE, write_or_say
 
 LOG, HEAD = "log.jsonl", "head.json"
 _NOTHING = "0" * 64  # what the first line has for the line before it
@@ -220,7 +220,7 @@ class AuditLog:
         self._lines += 1
         self._head = hashlib.sha256(line).hexdigest()
         head = {"lines": self._lines, "sha256": self._head}
-        write(self._folder / HEAD, json.dumps(head).encode())
+        write_or_say(self._folder / HEAD, json.dumps(head).encode(), PRIVATE, error=SuperNodeError)
 
     def close(self) -> None:
         """Let another process write it."""

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from flwr.app import Error, Message
 from flwr.common import log
 
+from common.errors import SuperNodeError
 from compat.fab import fab_metadata
 from compat.messages import (
     AGENT_APP,
@@ -33,7 +34,6 @@ from compat.messages import (
 )
 from compat.site_gate import Connection
 
-from ..errors import SuperNodeError
 from .audit import AuditLog
 from .policy import Policy
 from .reply import RefusedError, check

@@ -6,10 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
+from common.errors import SuperNodeError
 from compat import site_gate
 from compat.digests import SUPPORTED
 
-from ..errors import SuperNodeError
 from .audit import AuditLog
 from .policy import load as load_policy
 from .site import Site

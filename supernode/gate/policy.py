@@ -21,8 +21,8 @@ from typing import Any
 
 import tomli_w
 
-from ..errors import SuperNodeError
-from .files import write
+from common.errors import SuperNodeError
+from common.files import write_or_say
 
 FILE_NAME = "policy.toml"
 DTYPES = {"float16": 2, "float32": 4, "float64": 8}
@@ -175,7 +175,7 @@ def create(path: Path, name: str, parameters: int = REFERENCE_PARAMETERS) -> Non
         max_bytes=parameters * DTYPES["float32"] + _ENVELOPE_BYTES,
         metrics="\n".join(f'    "{metric}",' for metric in REFERENCE_METRICS),
     )
-    write(path, text.encode("utf-8"), _READABLE)
+    write_or_say(path, text.encode("utf-8"), _READABLE, error=SuperNodeError)
 
 
 def approve(path: Path, approval: Approval) -> bool:
@@ -193,7 +193,12 @@ def approve(path: Path, approval: Approval) -> bool:
         "note": approval.note,
     }
     added = tomli_w.dumps({"fab": [entry]}).encode("utf-8")
-    write(path, _read(path).rstrip(b"\n") + b"\n\n" + added.lstrip(b"\n"), _READABLE)
+    write_or_say(
+        path,
+        _read(path).rstrip(b"\n") + b"\n\n" + added.lstrip(b"\n"),
+        _READABLE,
+        error=SuperNodeError,
+    )
     return True
 
 

@@ -8,7 +8,7 @@ import unicodedata
 import zipfile
 from collections.abc import Iterator, Mapping
 
-from ..errors import SuperNodeError
+from common.errors import SuperNodeError
 
 # Flower refuses larger FABs than 10 MB; no honest one unpacks to more than this.
 _UNPACKED_BYTES = 100_000_000

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from .files import write
+from common.errors import SuperNodeError
+from common.files import PRIVATE, write_or_say
+
 from .policy import FILE_NAME, Approval, approve, load
 
 
@@ -46,7 +48,7 @@ class Site:
         """
         sha256 = hashlib.sha256(fab).hexdigest()
         approval = Approval(sha256, by, datetime.now(UTC).replace(microsecond=0), note)
-        write(self._fab(sha256), fab)
+        write_or_say(self._fab(sha256), fab, PRIVATE, error=SuperNodeError)
         return approval if approve(self.policy, approval) else None
 
     def last_approved(self) -> tuple[Approval, bytes] | None:

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from ..errors import SuperNodeError
+from common.errors import SuperNodeError, tell
+
 from . import supervisor
 
 
@@ -114,10 +115,7 @@ def _once(path: Path, options: argparse.Namespace) -> int:
         models = [ModelSource.parse(text) for text in options.model]
         server.run(path, models, tuple(options.imports or IMPORTS), options.idle, lock)
     except SuperNodeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        return 1
+        return tell(error)
     return 0
 
 

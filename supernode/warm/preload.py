@@ -31,9 +31,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from common.errors import SuperNodeError
 from compat import clientapp
-
-from ..errors import SuperNodeError
 
 log = logging.getLogger("supernode.warm")
 

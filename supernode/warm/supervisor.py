@@ -13,17 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from common.retry import RetryPolicy
+
 log = logging.getLogger("supernode.warm")
 
 STEADY_S = 60.0
 
 
-def backoff(first: float = 1.0, longest: float = 60.0) -> Iterator[float]:
-    """Seconds to wait before each further start: doubling, never over ``longest``."""
-    wait = first
-    while True:
-        yield wait
-        wait = min(wait * 2, longest)
+RESTARTS = RetryPolicy(first_s=1.0, longest_s=60.0)
 
 
 def is_ready(path: Path) -> bool:
@@ -59,7 +56,7 @@ class Supervisor:
         command: list[str],
         *,
         steady: float = STEADY_S,
-        waits: Callable[[], Iterator[float]] = backoff,
+        waits: Callable[[], Iterator[float]] = RESTARTS.waits,
     ) -> None:
         self._command, self._steady, self._waits = command, steady, waits
         self._stop = threading.Event()

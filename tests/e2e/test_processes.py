@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 
 import certs
+from common.errors import SuperLinkError, SuperNodeError
 from medfed import processes
 from medfed.paths import Home
 from superlink.control import Control
-from superlink.errors import SuperLinkError
 from supernode import roster
-from supernode.errors import SuperNodeError
 
 pytestmark = pytest.mark.processes
 

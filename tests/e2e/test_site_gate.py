@@ -28,11 +28,11 @@ import certs
 import certs.files
 import certs.keys
 import certs.pki
+from common.errors import SuperLinkError
 from medfed import processes
 from medfed.paths import Home
 from superlink import health
 from superlink.control import Control
-from superlink.errors import SuperLinkError
 from supernode import roster
 from supernode.gate import audit, policy
 from supernode.gate.site import Site

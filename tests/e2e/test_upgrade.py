@@ -22,10 +22,10 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 import certs
+from common.errors import SuperLinkError
 from medfed.paths import Home
 from superlink import health
 from superlink.control import Control
-from superlink.errors import SuperLinkError
 from supernode import roster
 from tests.e2e.warm_federation import free_port
 from tests.small_llama import CONFIG as SMALL

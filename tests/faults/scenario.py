@@ -10,8 +10,8 @@ from typing import Any
 
 from flwr.cli.build import build_fab_from_disk
 
+from common.errors import SuperLinkError
 from superlink.control import Control, Run
-from superlink.errors import SuperLinkError
 from tests.e2e.compose_project import ROOT, ComposeProject, until
 
 RUNS = "/medfed/runs"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from supernode.errors import SuperNodeError
+from common.errors import SuperNodeError
 from supernode.gate import audit
 from supernode.gate.audit import HEAD, LOG, AuditLog, BrokenChainError, verify
 

@@ -14,23 +14,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = {
-    "app",
-    "certs",
-    "embedded",
-    "evaluation",
-    "superlink",
-    "supernode",
-    "medfed",
-    "benchmarks",
-} | {"compat"}
+    "app", "benchmarks", "certs", "common", "compat", "embedded", "evaluation", "medfed",
+    "superlink", "supernode",
+}  # fmt: skip
 MAY_IMPORT = {
     "app": set(),
-    "certs": set(),
-    "superlink": {"compat"},
-    "supernode": {"compat"},
-    "compat": set(),
-    "embedded": {"app"},
-    "evaluation": {"app"},
+    "certs": {"common"},
+    "superlink": {"common", "compat"},
+    "supernode": {"common", "compat"},
+    "common": set(),
+    "compat": {"common"},
+    "embedded": {"app", "common"},
+    "evaluation": {"app", "common"},
     "benchmarks": ROOMS - {"benchmarks"},
     "medfed": ROOMS - {"medfed", "benchmarks"},
 }

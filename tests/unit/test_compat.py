@@ -17,7 +17,8 @@ from compat.digests import SUPPORTED, differences, digest, original, replace
 
 ROOT = Path(__file__).parents[2]
 HOOKS = [hooks._load(name) for side in ("superlink", "supernode") for name in hooks._MODULES[side]]
-ROOMS = ("app", "certs", "superlink", "supernode", "embedded", "evaluation", "medfed", "benchmarks")
+ROOMS = ("app", "certs", "common", "superlink", "supernode", "embedded", "evaluation", "medfed",
+         "benchmarks")  # fmt: skip
 # What Flower documents, by ``__all__``.
 PUBLIC = ("flwr", "flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy",
           "flwr.simulation", "flwr.common")  # fmt: skip

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from common.errors import SuperNodeError
 from medfed.commands.compose import app
 from supernode import compose
-from supernode.errors import SuperNodeError
 from supernode.roster import GpuSlice, Roster, SuperNodeEntry, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +144,55 @@ def test_both_images_share_their_first_stage_byte_for_byte() -> None:
         assert separator, name
         stages.add(stage[: stage.rindex("WORKDIR")])
     assert len(stages) == 1
+
+
+def test_every_image_stands_on_the_same_base_named_by_its_digest() -> None:
+    files = [ROOT / name / "Dockerfile" for name in ("superlink", "supernode", "superlink/gateway")]
+    (base,) = {
+        default
+        for file in files
+        for default in re.findall(r"^FROM \$\{BASE_IMAGE:-(.*)\}", file.read_text(), re.MULTILINE)
+    }
+    assert re.fullmatch(r"python:3\.11-slim-bookworm@sha256:[0-9a-f]{64}", base)
+
+
+def copied(dockerfile: Path, into: Path) -> None:
+    """Copy what a Dockerfile copies out of this repository."""
+    for line in dockerfile.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("COPY "):
+            continue
+        *sources, target = line.split()[1:]
+        for source in sources:
+            if source.endswith("/"):
+                shutil.copytree(ROOT / source, into / target)
+            else:
+                (into / target).mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / source, into / target)
+
+
+@pytest.mark.parametrize(
+    ("dockerfile", "programs", "packages"),
+    [
+        ("superlink", ["superlink.__main__", "superlink.health", "medfed.cli"], True),
+        ("supernode", ["supernode.__main__", "supernode.health", "supernode.warm.__main__"], True),
+        ("superlink/gateway", ["superlink.gateway.__main__", "superlink.health"], False),
+    ],
+)
+def test_an_image_holds_all_that_its_programs_import(
+    tmp_path: Path, dockerfile: str, programs: list[str], packages: bool
+) -> None:
+    copied(ROOT / dockerfile / "Dockerfile", tmp_path)
+    places = [str(tmp_path), *([sysconfig.get_path("purelib")] if packages else [])]
+    done = subprocess.run(
+        # -S: not what an editable install points at, which is all of this repository.
+        [sys.executable, "-S", "-c", f"import {', '.join(programs)}"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(places)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_builds_see_no_keys_and_no_data() -> None:

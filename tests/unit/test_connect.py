@@ -9,9 +9,9 @@ import tomli
 from flwr.cli.flower_config import read_superlink_connection
 
 import certs
+from common.errors import SuperLinkError
 from medfed import connections
 from medfed.processes import FederationError
-from superlink.errors import SuperLinkError
 
 THEIRS = """\
 [superlink]

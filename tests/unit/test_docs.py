@@ -58,7 +58,17 @@ def test_every_verb_is_documented(verb):
 
 def test_every_environment_variable_that_we_read_is_documented():
     found = set()
-    for room in ("app", "superlink", "supernode", "embedded", "medfed", "evaluation", "certs"):
+    for room in (
+        "app",
+        "common",
+        "compat",
+        "superlink",
+        "supernode",
+        "embedded",
+        "medfed",
+        "evaluation",
+        "certs",
+    ):
         for file in (ROOT / room).rglob("*.py"):
             found |= set(re.findall(r"\bMEDFED_[A-Z_]+\b", file.read_text()))
     missing = {name for name in found if f"`{name}`" not in REFERENCE}

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from app.cards.dataset import resolve
 from app.cards.partitions import cards_of_node
 from app.cards.rows import digest
+from common.errors import EmbeddedError
 from embedded import flashcards, model, origin, partitions
-from embedded.errors import EmbeddedError
 from embedded.files import sha256
 from embedded.wheel import Wheel, extract, fetch
 

@@ -15,9 +15,9 @@ from flwr.supercore.error import ApiErrorCode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 import certs
+from common.errors import SuperNodeError
 from supernode import enrolment
 from supernode.command import Settings
-from supernode.errors import SuperNodeError
 from supernode.roster import SuperNodeEntry
 
 NAME = "supernode-00"

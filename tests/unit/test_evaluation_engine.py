@@ -13,9 +13,9 @@ from bitsandbytes.functional import dequantize_4bit
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import EvaluationError
 from evaluation import run
 from evaluation.catalogue import task, tasks
-from evaluation.errors import EvaluationError
 from evaluation.generate import (
     Engine,
     Request,

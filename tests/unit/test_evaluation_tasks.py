@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from app.cards import exam_formats
+from common.errors import EvaluationError
 from evaluation.catalogue import TASKS, task, tasks
-from evaluation.errors import EvaluationError
 from evaluation.medmcqa import ENTRANCE_EXAM
 from evaluation.sources import rows_of
 from evaluation.task import wrap

@@ -20,10 +20,10 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.run import RunNotRunningException
 
 import compat
+from common.errors import SuperNodeError
 from compat import hooks, site_gate
 from compat.digests import differences
 from supernode.__main__ import main
-from supernode.errors import SuperNodeError
 from supernode.gate import audit, policy
 from supernode.gate import gate as hook
 from supernode.gate.install import install

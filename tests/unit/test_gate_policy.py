@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from supernode.errors import SuperNodeError
+from common.errors import SuperNodeError
 from supernode.gate import policy
 
 SHA = "ab" * 32

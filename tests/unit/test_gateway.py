@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 import certs
 from certs import files, pki
-from superlink.errors import SuperLinkError
+from common.errors import SuperLinkError
 from superlink.gateway import keys
 from superlink.gateway.__main__ import main, parse
 from superlink.gateway.config import UNKNOWN_KEY

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import SuperNodeError
 from supernode import roster
-from supernode.errors import SuperNodeError
 from supernode.roster import GpuSlice
 
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from common.errors import SuperLinkError
 from medfed import runs
 from medfed.paths import Home
-from superlink.errors import SuperLinkError
 from tests.run_records import write_record
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import EvaluationError
 from evaluation.catalogue import TASKS, task
-from evaluation.errors import EvaluationError
 from evaluation.scorer import (
     Generation,
     best_constant,

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from common.errors import SuperNodeError
 from medfed.commands.site import SiteError, app
-from supernode.errors import SuperNodeError
 from supernode.gate import policy, review
 from supernode.gate.audit import LOG, AuditLog
 from tests.e2e.warm_federation import write_app

@@ -18,10 +18,10 @@ import pytest
 import certs
 from certs import files
 from certs import pki as authority
+from common.errors import SuperLinkError
 from superlink import __main__ as entrypoint
 from superlink import command, health, preflight
 from superlink.command import Settings
-from superlink.errors import SuperLinkError
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from common import files
+from common.errors import SuperLinkError
 from compat import state_database
 from superlink import __main__ as entrypoint
 from superlink import database
-from superlink.errors import SuperLinkError
 
 
 def made_at(path: Path, revision: str | None, row: str = "as it was") -> Path:
@@ -101,7 +102,7 @@ def test_a_copy_that_cannot_be_written_stops_the_start(tmp_path, newest, monkeyp
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(database.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(SuperLinkError, match="No space left"):
         database.back_up_before_migration(path)
     assert database.backups_of(path) == []

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 
 import certs
 from certs import pki as authority
+from common.errors import SuperNodeError
 from supernode import __main__ as entrypoint
 from supernode import command, connection, health, preflight, roster
 from supernode.command import Settings
-from supernode.errors import SuperNodeError
 from supernode.roster import GpuSlice, SuperNodeEntry
 
 NAMES = ("supernode-00", "supernode-01")
