@@ -27,7 +27,7 @@ $(STAMP): $(wildcard requirements/*.txt) requirements/install.sh pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned packages into $(VENV) (a few minutes the first time)"
 	@requirements/install.sh $(BIN)/python runtime dev
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # The same with the oldest Flower that is supported laid over it.
@@ -37,7 +37,7 @@ $(OLDEST)/.setup-stamp: $(wildcard requirements/*.txt) requirements/install.sh p
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	@echo "Installing the oldest supported Flower into $(OLDEST)"
 	@requirements/install.sh $(OLDEST)/bin/python runtime dev flower-1.41
-	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 requirements: setup
@@ -61,18 +61,20 @@ lint: setup
 	@git ls-files -co --exclude-standard -- '*.sh' .ci/run | xargs $(BIN)/shellcheck
 	@git ls-files -co --exclude-standard -- '*.yml' '*.yaml' | xargs $(BIN)/yamllint --strict
 
-# Asks databases on the internet, so it is not part of `test`; its packages stay out of .venv.
-sbom: setup
+# The packages of these two stay out of .venv.
+sbom:
 	@$(PYTHON) -m venv build/sbom-tools
 	@build/sbom-tools/bin/pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0
 	@mkdir -p build/sbom
 	@set -e; for image in superlink supernode; do \
+	    { echo '[project]'; echo "name = \"medfed-$$image\""; grep '^version = ' pyproject.toml; } \
+	        >build/sbom-tools/$$image.toml; \
 	    build/sbom-tools/bin/cyclonedx-py requirements requirements/runtime.txt \
-	        --pyproject pyproject.toml --mc-type application --output-reproducible \
+	        --pyproject build/sbom-tools/$$image.toml --mc-type application --output-reproducible \
 	        --spec-version 1.6 --validate --output-file build/sbom/$$image.cdx.json; \
 	done
-	@echo "build/sbom/superlink.cdx.json build/sbom/supernode.cdx.json"
 
+# Asks databases on the internet, so it is not part of `test`.
 audit:
 	@$(PYTHON) -m venv build/audit
 	@build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1

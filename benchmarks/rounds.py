@@ -369,14 +369,19 @@ def _wait(done: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.5)
 
 
-def preflight(sides: Iterable[str], port: int) -> list[str]:
+def preflight(sides: Iterable[str], port: int, other: Path | None = None) -> list[str]:
     """What is missing on this machine, before minutes are spent on it: a line for each.
 
     Args:
         sides: what is to be measured.
         port: the first side's; each side has 100 of its own.
+        other: interpreter of the environment to measure against.
     """
     found = []
+    if other and not _has_flower(other):
+        found.append(
+            f"expected an interpreter with Flower in {other}, found none; hint: make setup-oldest"
+        )
     nodes = len(roster.load().names)
     wanted: list[int] = []
     for number, side in enumerate(SIDES):
@@ -394,6 +399,14 @@ def preflight(sides: Iterable[str], port: int) -> list[str]:
             "hint: --port, or end what listens there"
         )
     return found
+
+
+def _has_flower(python: Path) -> bool:
+    look = [str(python), "-c", "from importlib.metadata import version; version('flwr')"]
+    try:
+        return subprocess.run(look, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
 
 
 def against(python: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -493,7 +506,7 @@ def main() -> int:
         parser.error("--against is for the deployment, which --only leaves out")
     if options.rounds < 2:
         parser.error("expected at least 2 rounds: the first is not counted")
-    if problems := preflight(options.only or SIDES, options.port):
+    if problems := preflight(options.only or SIDES, options.port, options.against):
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
         return 1
@@ -524,7 +537,7 @@ def main() -> int:
     if options.against:
         say(f"against: the deployment of {options.against}")
         result["against"] = against(options.against, options)
-        ratio = result["deployment"]["overhead_s"] / result["against"]["overhead_s"]
+        ratio = result["deployment"]["overhead_s"] / max(result["against"]["overhead_s"], 1e-9)
         result["overhead_over_against"] = ratio
     if "stock" in result and "deployment" in result:
         ratio = result["stock"]["overhead_s"] / max(result["deployment"]["overhead_s"], 1e-9)

@@ -6,7 +6,7 @@ dev.txt      for tests and checks, on top of runtime.txt
 flower-1.41.txt  laid over them for the oldest Flower that is supported
 
 What is pinned already stays, unless an .in file asks for another version. torch's CPU build is not
-on PyPI, so its digest comes from torch-cpu.sha256.
+on PyPI, so it is pinned by hand, in torch-cpu.txt.
 """
 
 from __future__ import annotations
@@ -26,15 +26,10 @@ Blocks = dict[str, str]
 
 def main() -> None:
     """Write every .txt file of this folder."""
-    known = "".join(
-        (HERE / f"{name}.txt").read_text() for name in ("runtime", "cuda", "dev")
-        if (HERE / f"{name}.txt").exists()
-    )  # fmt: skip
+    known = "".join((HERE / f"{name}.txt").read_text() for name in ("runtime", "cuda", "dev"))
     runtime = compiled("runtime.in", known)
     cuda = {name: runtime.pop(name) for name in list(runtime) if CUDA.match(name)}
-    digest = (HERE / "torch-cpu.sha256").read_text().split()[0]
-    if digest not in runtime["torch"]:  # uv keeps the hashes that it finds
-        runtime["torch"] += f" \\\n    --hash=sha256:{digest}"
+    runtime["torch"] = with_cpu_build(runtime["torch"])
     dev = {
         name: block
         for name, block in compiled("dev.in", known).items()
@@ -44,6 +39,21 @@ def main() -> None:
     write("cuda.txt", "runtime.in", cuda)
     write("dev.txt", "dev.in", dev)
     write("flower-1.41.txt", "flower-1.41.in", compiled("flower-1.41.in", "", "--no-deps"))
+
+
+def with_cpu_build(torch: str) -> str:
+    """The lines of torch, with the hashes of its CPU build among them."""
+    version = torch.split(maxsplit=1)[0].partition("==")[2]
+    text = (HERE / "torch-cpu.txt").read_text()
+    if f"torch=={version}+cpu " not in text:
+        raise SystemExit(
+            f"error: expected the CPU build of torch {version} in torch-cpu.txt, found another\n"
+            f"hint: pip download --no-deps torch=={version} where pip finds CPU builds, "
+            "then pip hash"
+        )
+    hashes = re.findall(r"--hash=\S+", text)
+    # uv keeps the hashes that it finds
+    return " \\\n    ".join([torch, *(one for one in hashes if one not in torch)])
 
 
 def compiled(source: str, known: str, *options: str) -> Blocks:

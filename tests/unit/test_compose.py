@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -143,6 +144,16 @@ def test_both_images_share_their_first_stage_byte_for_byte() -> None:
         assert separator, name
         stages.add(stage[: stage.rindex("WORKDIR")])
     assert len(stages) == 1
+
+
+def test_every_image_stands_on_the_same_base_named_by_its_digest() -> None:
+    files = [ROOT / name / "Dockerfile" for name in ("superlink", "supernode", "superlink/gateway")]
+    (base,) = {
+        default
+        for file in files
+        for default in re.findall(r"^FROM \$\{BASE_IMAGE:-(.*)\}", file.read_text(), re.MULTILINE)
+    }
+    assert re.fullmatch(r"python:3\.11-slim-bookworm@sha256:[0-9a-f]{64}", base)
 
 
 def copied(dockerfile: Path, into: Path) -> None:

@@ -48,6 +48,14 @@ def test_a_port_in_use_is_named_before_anything_starts(monkeypatch, port, offset
         assert rounds.preflight(["simulation"], port) == []
 
 
+def test_an_interpreter_without_flower_is_said_before_anything_starts(monkeypatch, port, tmp_path):
+    monkeypatch.setattr(rounds.shutil, "which", lambda _name: "/usr/sbin/nginx")
+    assert rounds.preflight(["deployment"], port, Path(sys.executable)) == []
+    (problem,) = rounds.preflight(["deployment"], port, tmp_path / "nothing")
+    assert f"expected an interpreter with Flower in {tmp_path / 'nothing'}" in problem
+    assert "hint: make setup-oldest" in problem
+
+
 def test_the_command_stops_at_once_with_status_1(monkeypatch, capsys):
     monkeypatch.setattr(rounds, "preflight", lambda *_: ["expected nginx, found none"])
     monkeypatch.setattr(sys, "argv", ["rounds"])
