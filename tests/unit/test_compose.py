@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +181,8 @@ def test_an_image_holds_all_that_its_programs_import(
     tmp_path: Path, dockerfile: str, programs: list[str], packages: bool
 ) -> None:
     copied(ROOT / dockerfile / "Dockerfile", tmp_path)
-    places = [str(tmp_path), *([sysconfig.get_path("purelib")] if packages else [])]
+    installed = [place for place in sys.path if place.endswith("site-packages")]
+    places = [str(tmp_path), *(installed if packages else [])]
     done = subprocess.run(
         # -S: not what an editable install points at, which is all of this repository.
         [sys.executable, "-S", "-c", f"import {', '.join(programs)}"],
