@@ -621,12 +621,13 @@ def _free_ports(first: int, taken: set[int]) -> Iterator[int]:
 
 
 def _end(processes: Sequence[Process]) -> None:
+    end_trees([root for process in processes if (root := process.find()) is not None])
+
+
+def end_trees(roots: Sequence[psutil.Process]) -> None:
     """End processes and all their children: first kindly, then, after a while, surely."""
     tree: dict[int, psutil.Process] = {}
-    for process in processes:
-        root = process.find()
-        if root is None:
-            continue
+    for root in roots:
         tree[root.pid] = root
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in root.children(recursive=True):

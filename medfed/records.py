@@ -88,10 +88,6 @@ class Record:
         online = [event for event in self.events if event["event"] == "online"]
         return str(online[0]["engine"]) if online else ""
 
-    def checkpoints(self) -> list[Path]:
-        """The PEFT folders, oldest first."""
-        return sorted(self.folder.glob("peft_*"), key=lambda path: int(path.name[5:]))
-
 
 def find(home: Home, run: str) -> Record:
     """Read the record of ``run``: an id, the word ``last``, or a folder.

@@ -20,10 +20,9 @@ import psutil
 
 from common.errors import MedfedError
 from medfed.paths import Home
-from medfed.processes import last_line
+from medfed.processes import end_trees, last_line
 
 _START_S = 60.0
-_STOP_S = 20.0
 _POLL_S = 0.25
 
 
@@ -85,15 +84,7 @@ def _wait_until_it_listens(child: subprocess.Popen[bytes], port: int, log: Path)
 def _end(child: subprocess.Popen[bytes]) -> None:
     """End the SuperLink, the ServerApp and every Ray process that it started."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        root = psutil.Process(child.pid)
-        everyone = [root, *root.children(recursive=True)]
-        for process in everyone:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        _, alive = psutil.wait_procs(everyone, timeout=_STOP_S)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        end_trees([psutil.Process(child.pid)])
     child.wait()
 
 

@@ -7,9 +7,9 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-.venv/bin/python}"
 complete=wheelhouse/.complete
 
-if [ "$complete" -nt requirements/runtime.txt ] && [ "$complete" -nt requirements/cuda.txt ] \
-    && [ "$complete" -nt embedded/flashcards.py ] \
-    && [ "$complete" -nt embedded/model.py ]; then
+sources="requirements/*.txt requirements/*.sh embedded/flashcards.py embedded/model.py"
+# shellcheck disable=SC2086 # the names of many files
+if [ -e "$complete" ] && [ -z "$(find $sources -newer "$complete")" ]; then
     exit 0
 fi
 rm -f "$complete" wheelhouse/*.whl

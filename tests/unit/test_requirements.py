@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -54,3 +58,21 @@ def test_the_oldest_flower_only_changes_what_is_pinned_anyway():
 def test_no_package_is_pinned_twice():
     assert not set(pins("runtime")) & set(pins("dev"))
     assert not set(pins("runtime")) & set(pins("cuda"))
+
+
+def torch_build(wheels: Path) -> str:
+    """What torch-build.sh tells pip where pip finds the wheels of one folder and nothing else."""
+    command = [FOLDER / "torch-build.sh", sys.executable, "--no-index", "--find-links", wheels]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    environment["PIP_CONFIG_FILE"] = os.devnull
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("local", ["", "+cpu"])
+def test_the_cpu_build_is_asked_for_where_pip_finds_it(tmp_path, local):
+    version, _ = pins("runtime")["torch"]
+    with zipfile.ZipFile(tmp_path / f"torch-{version}{local}-py3-none-any.whl", "w"):
+        pass
+    asked = f"--requirement {FOLDER / 'torch-cpu.txt'}" if local else ""
+    assert torch_build(tmp_path) == asked
