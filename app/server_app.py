@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from itertools import islice
 from logging import INFO, WARNING
 
 from flwr.app import Context
@@ -20,7 +21,7 @@ from app.server.cohort import RunContext
 from app.server.communication import Communication
 from app.server.institutions import Institutions
 from app.server.ledger import Ledger, Saved
-from app.server.polling import Mailbox
+from app.server.polling import Mailbox, waits
 from app.server.provenance import provenance
 from app.server.reply_checks import ReplyChecks
 from app.server.rounds import Rounds
@@ -161,4 +162,4 @@ def _go_on(
         log(INFO, "Going on after round %d (restart %d)", saved.round, restarts)
         record.event("resumed", after_round=saved.round, restarts=restarts)
     if restarts > 1:
-        time.sleep(min(2.0 ** (restarts - 1), _LONGEST_BACK_OFF_S))
+        time.sleep(next(islice(waits(2.0, _LONGEST_BACK_OFF_S), restarts - 2, None)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from common import files
@@ -41,15 +40,7 @@ def read(path: Path) -> bytes | None:
     Raises:
         CertsError: it is there but cannot be read.
     """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CertsError(
-            f"expected to read {path}, found: {error.strerror}",
-            f"it must be readable by this user (uid {os.getuid()})",
-        ) from None
+    return files.read(path, CertsError)
 
 
 def read_private(path: Path) -> bytes | None:

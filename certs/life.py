@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from common import certificates
 from common.errors import CertsError
 
 from . import files, pki
@@ -80,7 +81,7 @@ def switch_rotation(folder: Path) -> list[str]:
         raise _not_begun(folder)
     if (folder / _NEXT).exists():
         key = pki.key_from_pem(files.read_private(folder / _NEXT) or b"", folder / _NEXT)
-        if not any(pki.is_pair(certificate, key) for certificate in trusted):
+        if not any(certificates.is_pair(certificate, key) for certificate in trusted):
             raise CertsError(
                 f"expected {folder / _NEXT} to belong to a CA in {folder / 'ca.crt'}, "
                 "found that it does not",

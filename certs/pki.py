@@ -13,18 +13,16 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from common import certificates
 from common.errors import CertsError
 
 CA_LIFETIME = timedelta(days=5 * 365)
@@ -36,6 +34,8 @@ OPERATOR_UNIT = "operator"
 RENEWAL = timedelta(days=30)
 # Clocks of hospitals differ; a fresh certificate must not be "not yet valid" at one of them.
 _CLOCK_SKEW = timedelta(minutes=5)
+
+_ISSUE_ANEW = "move the file away and run `medfed certs issue` again"
 
 # In the containers the gateways in front of the SuperLink answer with its certificate.
 DEFAULT_SANS = ("localhost", "127.0.0.1", "::1", "superlink", "gateway", "operator")
@@ -227,28 +227,16 @@ def bundle_from_pem(content: bytes, where: object) -> list[x509.Certificate]:
     Raises:
         CertsError: there is none.
     """
-    try:
-        return x509.load_pem_x509_certificates(content)
-    except ValueError:
-        raise CertsError(
-            f"expected a PEM certificate in {where}, found something else",
-            "move the file away and run `medfed certs issue` again",
-        ) from None
+    return certificates.read(content, where, CertsError, _ISSUE_ANEW)
 
 
 def certificate_from_pem(content: bytes, where: object) -> x509.Certificate:
-    """Read a PEM certificate.
+    """Read a PEM certificate, the first if there are several.
 
     Raises:
         CertsError: it is none.
     """
-    try:
-        return x509.load_pem_x509_certificate(content)
-    except ValueError:
-        raise CertsError(
-            f"expected a PEM certificate in {where}, found something else",
-            "move the file away and run `medfed certs issue` again",
-        ) from None
+    return bundle_from_pem(content, where)[0]
 
 
 def key_from_pem(content: bytes, where: object) -> ec.EllipticCurvePrivateKey:
@@ -257,31 +245,9 @@ def key_from_pem(content: bytes, where: object) -> ec.EllipticCurvePrivateKey:
     Raises:
         CertsError: it is another kind of key, or none.
     """
-    try:
-        key = load_pem_private_key(content, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise CertsError(
-            f"expected a PEM private key without a passphrase in {where}, found something else",
-            "move the file away and run `medfed certs issue` again",
-        ) from None
+    key = certificates.private_key(content, where, CertsError, _ISSUE_ANEW)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise CertsError(
-            f"expected an elliptic-curve key in {where}, found {type(key).__name__}",
-            "move the file away and run `medfed certs issue` again",
+            f"expected an elliptic-curve key in {where}, found {type(key).__name__}", _ISSUE_ANEW
         )
     return key
-
-
-def is_pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> bool:
-    """Whether ``key`` is the private key of ``certificate``."""
-    form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return certificate.public_key().public_bytes(*form) == key.public_key().public_bytes(*form)
-
-
-def is_issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
-    """Whether ``ca`` signed ``certificate``."""
-    try:
-        certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True

@@ -22,6 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from common import certificates
 from common.errors import CertsError
 
 from . import files, keys, members, pki
@@ -190,7 +191,7 @@ def signer(folder: Path) -> tuple[Signer, list[x509.Certificate]]:
     key = pki.key_from_pem(key_pem, key_path)
     trusted = pki.bundle_from_pem(certificate_pem, certificate_path)
     for certificate in trusted:
-        if pki.is_pair(certificate, key):
+        if certificates.is_pair(certificate, key):
             return (certificate, key), trusted
     raise _no_pair(certificate_path, key_path)
 
@@ -233,11 +234,11 @@ def _leaf(
     reason = f"made {whose} certificate"
     if certificate_pem is not None and key is not None:
         certificate = pki.certificate_from_pem(certificate_pem, certificate_path)
-        if not pki.is_pair(certificate, key):
+        if not certificates.is_pair(certificate, key):
             raise _no_pair(certificate_path, key_path)
         missing = [san for san in wanted if san not in pki.sans_of(certificate)]
         left = certificate.not_valid_after_utc - datetime.now(UTC)
-        if not pki.is_issued_by(certificate, ca):
+        if not certificates.is_issued_by(certificate, ca):
             reason = f"renewed {whose} certificate (it was another CA's)"
         elif missing:
             reason = f"renewed {whose} certificate (added {', '.join(missing)})"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import stat
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,10 +56,8 @@ def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
         path: the file to be.
         mode: as for :func:`write`; it is the draft's from the beginning.
     """
-    # The kernel's id of this thread: no other writer has it, in this process or another.
-    draft = path.with_name(f".{path.name}.{threading.get_native_id()}.partial")
-    draft.unlink(missing_ok=True)  # left by one of this id that was killed
-    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode))
+    draft = path.with_name(f".{path.name}.partial")
+    lock = _own(draft, 0o666 if mode is None else mode)
     try:
         if mode is not None:
             draft.chmod(mode)  # whatever the umask is
@@ -70,6 +69,45 @@ def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)  # for a forked child too, which has it open as well
+        os.close(lock)
+
+
+def _own(draft: Path, mode: int) -> int:
+    """Make the draft and lock it: whoever else writes the same file waits until it is done.
+
+    A lock holds across containers that share a volume, where ids of processes do not tell writers
+    apart, and ends with its process: a draft that is not locked was left by one that was killed.
+
+    Returns:
+        The descriptor that holds the lock.
+    """
+    while True:
+        try:
+            lock, made = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), True
+        except FileExistsError:
+            try:
+                lock, made = os.open(draft, os.O_RDONLY | os.O_NOFOLLOW), False
+            except FileNotFoundError:
+                continue  # its writer has finished since
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_at(draft, lock):  # else it was renamed or removed while this waited
+                if made:
+                    return lock
+                draft.unlink()
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def sync_folder(folder: Path) -> None:
@@ -79,6 +117,29 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read(path: Path, error: type[UserError]) -> bytes | None:
+    """The file's content; None if there is no such file.
+
+    Raises:
+        UserError: the given kind of it: the file is there but cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as failed:
+        raise error(
+            f"expected to read {path}, found: {failed.strerror}",
+            f"it must be readable by this user (uid {os.getuid()})",
+        ) from None
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_private(path: Path, error: type[UserError], hint: str) -> None:

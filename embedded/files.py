@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -11,11 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-
-def sha256(file: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+from common.files import sync_folder
 
 
 def jsonl(rows: Iterable[Mapping[str, object]]) -> bytes:
@@ -47,9 +42,11 @@ def replace_folder(new: Path, place: Path) -> None:
     for file in new.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
+    sync_folder(new)
     old = place.with_name(f".{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
         place.rename(old)
     new.rename(place)
+    sync_folder(place.parent)
     shutil.rmtree(old, ignore_errors=True)

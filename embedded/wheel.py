@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import EmbeddedError
-from embedded.files import sha256
+from common.files import sha256
 
 WHEELHOUSE = "MEDFED_WHEELHOUSE"
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from app.training.model import model_source
 from common.errors import EvaluationError
+from common.files import sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,9 +163,7 @@ def with_adapter(
             "evaluate it with the model that it was trained on",
         )
     model.requires_grad_(False)
-    identity = _digest(
-        subject.identity, _file_digest(weights), _file_digest(adapter / ADAPTER_CONFIG)
-    )
+    identity = _digest(subject.identity, sha256(weights), sha256(adapter / ADAPTER_CONFIG))
     return replace(subject, model=model.eval(), identity=identity)
 
 
@@ -194,14 +193,9 @@ def _base_identity(source: str, model: Any) -> str:
     folder = Path(source)
     if folder.is_dir():
         files = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".bin", ".json"})
-        return _digest(*(f"{p.name} {_file_digest(p)}" for p in files))
+        return _digest(*(f"{p.name} {sha256(p)}" for p in files))
     # On the hub a commit's id is a digest of all files.
     return f"{source}@{getattr(model.config, '_commit_hash', None)}"
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(*parts: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import certificates, files
 from common.errors import SuperLinkError
 from medfed.paths import Home
 from medfed.processes import FederationError, load
@@ -124,16 +125,10 @@ def _locked(config: Path) -> Iterator[None]:
 
 
 def _check_ca(ca: Path) -> None:
-    from cryptography import x509
-
-    try:
-        x509.load_pem_x509_certificate(ca.expanduser().read_bytes())
-    except OSError as error:
+    content = files.read(ca.expanduser(), SuperLinkError)
+    if content is None:
         raise SuperLinkError(
-            f"expected the CA certificate at {ca}, found: {error.strerror}",
+            f"expected the CA certificate at {ca}, found no such file",
             "`medfed certs issue` makes one; a coordinator elsewhere hands it out: --ca PATH",
-        ) from None
-    except ValueError:
-        raise SuperLinkError(
-            f"expected a PEM certificate in {ca}, found something else", "give ca.crt: --ca PATH"
-        ) from None
+        )
+    certificates.read(content, ca, SuperLinkError, "give ca.crt: --ca PATH")

@@ -18,7 +18,7 @@ from typing import Self
 import httpx
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from common import keys
+from common import files, keys
 from common.errors import SuperLinkError
 from compat.control_api import (
     HEARTBEAT_PATIENCE,
@@ -350,13 +350,12 @@ class Control:
 
 
 def _public_key(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
+    content = files.read(path, SuperLinkError)
+    if content is None:
         raise SuperLinkError(
-            f"expected the public key {path}, found: {error.strerror}",
+            f"expected the public key {path}, found no such file",
             "`medfed certs issue` makes key pairs; a hospital sends its .pub file",
-        ) from None
+        )
     key = keys.public_key(content, path, SuperLinkError, "ask for the .pub file again")
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 

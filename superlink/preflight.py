@@ -11,15 +11,7 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_private_key,
-)
-
-from common import files
+from common import certificates, files
 from common.errors import SuperLinkError
 
 from .command import Settings
@@ -45,22 +37,17 @@ def check_certificates(certificate: Path, key: Path, ca: Path) -> None:
     Raises:
         SuperLinkError: a file is missing, malformed, open to others, expired, or of another pair.
     """
-    served, trusted = _read_certificates(certificate)[0], _read_certificates(ca)
-    try:
-        private = load_pem_private_key(_read(key), None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise SuperLinkError(
-            f"expected a PEM private key without a passphrase in {key}, found: {error}", _ISSUE
-        ) from None
+    served, *_ = certificates.read(_read(certificate), certificate, SuperLinkError, _ISSUE)
+    trusted = certificates.read(_read(ca), ca, SuperLinkError, _ISSUE)
+    private = certificates.private_key(_read(key), key, SuperLinkError, _ISSUE)
     files.check_private(key, SuperLinkError, f"chmod 600 {key}")
-    form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    if private.public_key().public_bytes(*form) != served.public_key().public_bytes(*form):
+    if not certificates.is_pair(served, private):
         raise SuperLinkError(
             f"expected {key} to be the private key of {certificate}, found that it is another's",
             _ISSUE,
         )
     # Two are trusted while the CA is rotated.
-    issuer = next((one for one in trusted if _is_issued_by(served, one)), None)
+    issuer = next((one for one in trusted if certificates.is_issued_by(served, one)), None)
     if issuer is None:
         raise SuperLinkError(
             f"expected {certificate} to be issued by the CA in {ca}, found another issuer "
@@ -84,32 +71,10 @@ def check_certificates(certificate: Path, key: Path, ca: Path) -> None:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise SuperLinkError(f"expected {path}, found no such file", _ISSUE) from None
-    except OSError as error:
-        raise SuperLinkError(
-            f"expected to read {path}, found: {error.strerror}",
-            f"it must be readable by the user that runs the SuperLink (uid {os.getuid()})",
-        ) from None
-
-
-def _is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True
-
-
-def _read_certificates(path: Path) -> list[x509.Certificate]:
-    try:
-        return x509.load_pem_x509_certificates(_read(path))
-    except ValueError:
-        raise SuperLinkError(
-            f"expected a PEM certificate in {path}, found something else", _ISSUE
-        ) from None
+    content = files.read(path, SuperLinkError)
+    if content is None:
+        raise SuperLinkError(f"expected {path}, found no such file", _ISSUE)
+    return content
 
 
 def check_database(database: Path) -> None:

@@ -47,18 +47,12 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     Raises:
         SuperNodeError: it is missing, not readable, open to others, or of another kind.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    content = files.read(path, SuperNodeError)
+    if content is None:
         raise SuperNodeError(
             f"expected this SuperNode's private key at {path}, found no such file",
             "`medfed certs issue` makes one; a hospital makes its own or is sent one",
-        ) from None
-    except OSError as error:
-        raise SuperNodeError(
-            f"expected to read the private key {path}, found: {error.strerror}",
-            f"it must be readable by the user that runs the SuperNode (uid {os.getuid()})",
-        ) from None
+        )
     files.check_private(path, SuperNodeError, f"chmod 600 {path}")
     hint = "`medfed certs issue` writes the form that Flower takes"
     return keys.private_key(content, path, SuperNodeError, hint)

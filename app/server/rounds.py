@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from logging import INFO, WARNING
 
 import numpy as np
@@ -114,7 +115,7 @@ class Rounds:
         beyond = max(0, plan.retries - self._run.settings.retries)
         if not beyond:
             return
-        pauses = [min(_FIRST_PAUSE_S * 2.0**n, _LONGEST_PAUSE_S) for n in range(beyond)]
+        pauses = list(islice(waits(_FIRST_PAUSE_S, _LONGEST_PAUSE_S), beyond))
         if sum(pauses) > self._run.settings.max_wait_s:
             raise AppError(
                 f"round {number}: expected {self._run.settings.min_replies} usable replies within "

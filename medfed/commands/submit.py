@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +21,7 @@ def submit(
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Check a run against the leaderboard's rules and pack the entry, or name what is broken."""
+    from common.errors import UserError, tell
     from medfed import records
     from medfed.paths import Home
     from medfed.runs import PROJECT
@@ -36,7 +36,7 @@ def submit(
         if as_json:
             print(json.dumps({"packed": None, "broken": [asdict(rule) for rule in error.broken]}))
         for rule in error.broken:
-            print(f"error: {rule}\nhint: {rule.hint}", file=sys.stderr)
+            tell(UserError(str(rule), rule.hint))
         if not error.broken:
             raise
         raise typer.Exit(1) from None

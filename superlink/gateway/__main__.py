@@ -96,19 +96,24 @@ class Gateway:
         except subprocess.TimeoutExpired:
             return None
 
-    def follow(self) -> str | None:
-        """Take up what has changed on disk since the last look; what is wrong with it, if so."""
+    def follow(self) -> None:
+        """Take up what has changed on disk since the last look.
+
+        Raises:
+            SuperLinkError: what is wrong with it; the gateway goes on as it was.
+        """
         stamp = self._stamp()
         if stamp == self._taken:
-            return None
+            return
         self._taken = stamp
         try:
             self._write()
         except SuperLinkError as error:
-            return f"not taken up, the gateway goes on as it was: {error}"
+            raise SuperLinkError(
+                f"not taken up, the gateway goes on as it was: {error}", error.hint
+            ) from None
         self._nginx.send_signal(signal.SIGHUP)
         print("gateway: certificates or keys have changed, taken up", file=sys.stderr, flush=True)
-        return None
 
     def stop(self) -> None:
         """End nginx: at once, for what it holds open may be held for minutes."""
@@ -168,10 +173,11 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, stop)
     try:
         while (status := gateway.wait(_LOOK_S)) is None:
-            if (trouble := gateway.follow()) is not None:
-                print(f"error: {trouble}", file=sys.stderr, flush=True)
-        print(f"error: nginx ended with status {status}", file=sys.stderr)
-        return 1
+            try:
+                gateway.follow()
+            except SuperLinkError as error:
+                tell(error)
+        return tell(SuperLinkError(f"expected nginx to run, found it ended with status {status}"))
     finally:
         gateway.stop()
 

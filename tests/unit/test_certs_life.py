@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import certs
 from certs import files, keys, pki
+from common import certificates
 from medfed.commands.certs import app
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +134,7 @@ def test_check_says_what_to_do(folder):
 
 def trusts(bundle: bytes, folder: Path) -> bool:
     made = certificate(folder / "superlink.crt")
-    return any(pki.is_issued_by(made, ca) for ca in pki.bundle_from_pem(bundle, "bundle"))
+    return any(certificates.is_issued_by(made, ca) for ca in pki.bundle_from_pem(bundle, "bundle"))
 
 
 def test_at_no_step_is_anybody_shown_a_certificate_they_do_not_trust(folder):

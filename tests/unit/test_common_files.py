@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import os
 import signal
 import stat
@@ -16,6 +18,12 @@ import pytest
 
 from common import files
 from common.errors import CertsError, SuperNodeError
+
+
+def umask() -> int:
+    now = os.umask(0)
+    os.umask(now)
+    return now
 
 
 def mode_of(path: Path) -> int:
@@ -82,10 +90,50 @@ def test_the_new_content_is_synced_before_it_takes_the_name_and_the_name_after(
     assert steps == ["file", "rename", "folder"]
 
 
-def test_a_draft_that_a_killed_process_left_is_in_nobodys_way(tmp_path):
-    (tmp_path / f".file.{threading.get_native_id()}.partial").write_bytes(b"half")
-    files.write(tmp_path / "file", b"whole")
+@pytest.mark.parametrize("mode", [None, files.PRIVATE])
+def test_the_draft_of_a_killed_process_gives_way_with_its_content_and_mode(tmp_path, mode):
+    left = tmp_path / ".file.partial"
+    left.write_bytes(b"half, and longer than the new file")
+    left.chmod(0o666)
+    files.write(tmp_path / "file", b"whole", mode)
+    assert (tmp_path / "file").read_bytes() == b"whole"
+    assert mode_of(tmp_path / "file") == (0o666 & ~umask() if mode is None else mode)
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_second_writer_waits_until_the_first_is_done(tmp_path, monkeypatch):
+    # Containers that share a volume have the same ids of processes and threads, so only a lock
+    # tells the draft of one that writes from that of one that was killed.
+    path, asked = tmp_path / "file", threading.Event()
+    files.write(path, b"old")
+    with ThreadPoolExecutor(1) as threads:
+        with files.replacing(path) as draft, draft.open("wb") as first:
+            lock = fcntl.flock
+
+            def observed(descriptor: int, operation: int) -> None:
+                if threading.current_thread() is not threading.main_thread():
+                    asked.set()
+                lock(descriptor, operation)
+
+            monkeypatch.setattr(files.fcntl, "flock", observed)
+            second = threads.submit(files.write, path, b"second")
+            first.write(b"fi")
+            assert asked.wait(30)
+            first.write(b"rst")
+            first.flush()
+            assert (draft.read_bytes(), path.read_bytes()) == (b"first", b"old")
+        second.result()
+    assert path.read_bytes() == b"second"
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_draft_that_is_a_link_is_not_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(b"kept")
+    (tmp_path / ".file.partial").symlink_to(elsewhere)
+    with pytest.raises(OSError, match="symbolic links"):
+        files.write(tmp_path / "file", b"new")
+    assert elsewhere.read_bytes() == b"kept"
 
 
 def run_elsewhere(code: str, *arguments: object) -> int:
@@ -112,6 +160,7 @@ files.write(Path(sys.argv[1]), b"new")
     assert path.read_bytes() == b"old"
     files.write(path, b"new")
     assert path.read_bytes() == b"new"
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_disk_that_takes_only_a_part_leaves_the_old_content_and_no_draft(tmp_path):
@@ -153,6 +202,26 @@ def test_a_folder_that_cannot_be_written_is_said_in_the_rooms_own_error(tmp_path
     with pytest.raises(SuperNodeError, match=r"expected to write .*below") as refused:
         files.write_or_say(tmp_path / "file" / "below", b"", error=SuperNodeError)
     assert "writable by this user" in refused.value.hint
+
+
+def test_a_file_is_read_and_one_that_is_missing_is_none(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    assert files.read(tmp_path / "file", CertsError) == b"content"
+    assert files.read(tmp_path / "other", CertsError) is None
+
+
+def test_a_file_that_cannot_be_read_is_said_in_the_rooms_own_error(tmp_path):
+    with pytest.raises(SuperNodeError, match=r"expected to read .*Is a directory") as refused:
+        files.read(tmp_path, SuperNodeError)
+    assert "readable by this user" in refused.value.hint
+
+
+def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path):
+    content = bytes(range(256)) * 5000
+    (tmp_path / "file").write_bytes(content)
+    assert files.sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    (tmp_path / "file").write_bytes(content[:-1])
+    assert files.sha256(tmp_path / "file") != hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize(("mode", "refused"), [(0o600, False), (0o400, False), (0o640, True)])

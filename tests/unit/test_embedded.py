@@ -13,8 +13,8 @@ from app.cards.dataset import resolve
 from app.cards.partitions import cards_of_node
 from app.cards.rows import digest
 from common.errors import EmbeddedError
+from common.files import sha256
 from embedded import flashcards, model, origin, partitions
-from embedded.files import sha256
 from embedded.wheel import Wheel, extract, fetch
 
 OBO = (

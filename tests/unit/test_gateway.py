@@ -400,6 +400,7 @@ def test_institutions_come_and_go_and_certificates_are_renewed_without_a_restart
         twin = place.pki / "supernodes" / "twin.pub"
         twin.write_bytes(content)
         until(lambda: place.said("expected a key of its own"), place.tail)
+        until(lambda: place.said("hint: one key, one institution"), place.tail)
         assert refused() == 200, "what was good goes on"
         twin.unlink()
 
