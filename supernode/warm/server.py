@@ -57,8 +57,6 @@ class WarmServer:
         self._pids: dict[int, int] = {}  # by the connection's descriptor, while it is watched
         self._stopping = False
         self._epoll = select.epoll()
-        self._listener = listen(path)
-        self._socket_file = path.stat().st_ino
         # Signals wake the loop up through this pair.
         self._woken, self._wake = socket.socketpair()
         for end in (self._woken, self._wake):
@@ -70,6 +68,9 @@ class WarmServer:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
+        # Not before it can be stopped in order: whoever finds the socket may want that at once.
+        self._listener = listen(self._path)
+        socket_file = self._path.stat().st_ino
         self._epoll.register(self._listener.fileno(), select.EPOLLIN)
         self._epoll.register(self._woken.fileno(), select.EPOLLIN)
         while not self._stopping:
@@ -86,7 +87,7 @@ class WarmServer:
                     self._hung_up(descriptor)
             self._reap()
         with contextlib.suppress(FileNotFoundError):
-            if self._path.stat().st_ino == self._socket_file:  # not a successor's
+            if self._path.stat().st_ino == socket_file:  # not a successor's
                 self._path.unlink()
 
     def _stop(self, *_: object) -> None:
